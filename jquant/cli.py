@@ -1,0 +1,312 @@
+"""The command line: parsing and wiring. Each command imports what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from jquant.config_file import read_config_file
+from jquant.core.errors import InputError
+from jquant.evaluation.config import EvalConfig
+from jquant.models.generate_config import GenerateConfig
+from jquant.ptq.config import QuantizeConfig
+from jquant.sweep.config import SweepConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Lists what a checkpoint holds: architecture, parameters, tensor types, bits per weight, sizes."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """A GGUF file, a safetensors file, a Hugging Face folder, or `demo`."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatsConfig:
+    """Lists the number formats: bits, range, levels, bits per weight with scales, hardware, sources."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a mistake of the caller, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from jquant import __version__
+
+        print(f"jquant {__version__}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise InputError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
+        config_type, run = COMMANDS[words[0]]
+        run(_parse(config_type, words[0], words[1:]))
+    except InputError as error:
+        print(f"jquant: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jquant: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _parse(config_type: type, command: str, words: list[str]) -> Any:
+    """The config from `--config FILE`, if given, and from the words, which win."""
+    path = None
+    for index, word in enumerate(words):
+        if word == "--config":
+            if index + 1 == len(words):
+                raise InputError("--config needs the path of a YAML file")
+            path, words = words[index + 1], words[:index] + words[index + 2 :]
+            break
+        if word.startswith("--config="):
+            path, words = word.removeprefix("--config="), words[:index] + words[index + 1 :]
+            break
+    if path is None:
+        return tyro.cli(config_type, prog=f"jquant {command}", args=words)
+    values = read_config_file(path, config_type)
+    default = config_type(**{**_required(config_type), **values})
+    return tyro.cli(config_type, prog=f"jquant {command}", args=words, default=default)
+
+
+def _required(config_type: type) -> dict[str, Any]:
+    return {
+        field.name: tyro.MISSING for field in dataclasses.fields(config_type) if field.default is dataclasses.MISSING
+    }
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {(config.__doc__ or '').splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: jquant COMMAND …        (jquant COMMAND --help for its options)",
+            "",
+            "The quantization lab for JAX.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "MODEL is `demo`, the path of a GGUF file or of a checkpoint folder, or a hub id.",
+            "Options may also come from a YAML file: jquant COMMAND --config FILE.",
+        ]
+    )
+
+
+def _eval(config: EvalConfig) -> None:
+    started = time.perf_counter()
+    schemes = _parsed_scheme(config.scheme)
+
+    from jquant.data.blocks import text_windows
+    from jquant.data.text import load_text
+    from jquant.evaluation.scoring import evaluate, prepare_reference
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.models.save import model_bytes
+
+    text = load_text(config.text)
+    checkpoint = open_checkpoint(config.model)
+    windows = text_windows(
+        text, checkpoint.tokenizer(), window=config.window, stride=config.stride, limit=config.windows
+    )
+    batch = _batch(config.batch)
+    reference = None
+    if config.reference is not None:
+        other = open_checkpoint(config.reference).model(dtype=config.dtype)
+        reference, _ = prepare_reference(other, windows, batch=batch)
+    model = checkpoint.model(dtype=config.dtype)
+    _round(model, schemes)
+    with _progress(f"evaluating {len(windows.tokens)} windows", len(windows.tokens)) as advance:
+        found = evaluate(model, windows, reference=reference, batch=batch, progress=advance)
+    result = found.perplexity
+    record = {
+        "model": config.model,
+        "model_sha256": checkpoint.sha256(),
+        "scheme": config.scheme if schemes is None else str(schemes),
+        "perplexity": result.value,
+        "nll": result.nll,
+        "stderr": result.stderr,
+        "tokens": result.protocol.tokens_total,
+        **{name: value for name, value in result.protocol.as_json().items() if name != "tokens_total"},
+        "model_bytes": model_bytes(model),
+        "note": checkpoint.note,
+    }
+    if found.divergence is not None:
+        record |= {
+            "reference": config.reference,
+            "kl": found.divergence.kl.value,
+            "kl_stderr": found.divergence.kl.stderr,
+            "top1": found.divergence.top1.value,
+            "top1_stderr": found.divergence.top1.stderr,
+        }
+    record["seconds"] = time.perf_counter() - started
+    _print_evaluation(record)
+    if config.json is not None:
+        from jquant.io.atomic import replacing
+
+        with replacing(config.json) as file:
+            file.write(_json(record).encode())
+
+
+def _sweep(config: SweepConfig) -> None:
+    from jquant.sweep.run import run_sweep
+    from jquant.sweep.show import Progress, show_results
+
+    with Progress() as progress:
+        sweep = run_sweep(config, progress.listen)
+    show_results(sweep, config)
+
+
+def _quantize(config: QuantizeConfig) -> None:
+    schemes = _parsed_scheme(config.scheme)
+    assert schemes is not None
+
+    from jquant import __version__
+    from jquant.io.native import check_new_folder
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.models.save import model_bytes, save
+    from jquant.ptq.rtn import quantize_layers
+
+    check_new_folder(config.out)
+    checkpoint = open_checkpoint(config.model)
+    model = checkpoint.model(dtype=config.dtype)
+    before = model_bytes(model)
+    replaced = quantize_layers(model, schemes, layers=config.layers)
+    provenance = {
+        "source": checkpoint.path.name,
+        "source_sha256": checkpoint.sha256(),
+        "scheme": str(schemes),
+        "method": "rtn",
+        "layers": replaced,
+        "jquant": __version__,
+    }
+    save(model, config.out, tokenizer=checkpoint.tokenizer(), note=checkpoint.note, provenance=provenance)
+    print(
+        f"{len(replaced)} layers to {schemes}: {before / 1e6:.1f} MB → {model_bytes(model) / 1e6:.1f} MB, {config.out}"
+    )
+
+
+def _generate(config: GenerateConfig) -> None:
+    schemes = _parsed_scheme(config.scheme)
+
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.models.generate import Sampling, generate
+
+    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    checkpoint = open_checkpoint(config.model)
+    tokenizer = checkpoint.tokenizer()
+    model = checkpoint.model(dtype=config.dtype)
+    _round(model, schemes)
+    prompt = tokenizer.encode(config.prompt)
+    tokens: list[int] = []
+    shown = tokenizer.decode(prompt)
+    print(shown, end="", flush=True)
+    # A token may be a part of a character: what is shown is always the decoding of all tokens so far.
+    for token in generate(model, prompt, max_tokens=config.max_tokens, sampling=sampling, stop_ids=tokenizer.eos_ids):
+        tokens.append(token)
+        text = tokenizer.decode([*prompt, *tokens])
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(tokenizer.decode([*prompt, *tokens])[len(shown) :], flush=True)
+
+
+def _inspect(config: InspectConfig) -> None:
+    from jquant.io.inspect import inspect_file, render
+    from jquant.io.locate import locate_model
+
+    inspection = inspect_file(locate_model(config.file))
+    if config.json:
+        print(_json(inspection.as_json()))
+    else:
+        _console().print(render(inspection))
+
+
+def _formats(config: FormatsConfig) -> None:
+    from jquant.hardware.catalog import catalog, render
+
+    entries = catalog()
+    if config.json:
+        print(_json([entry.as_json() for entry in entries]))
+    else:
+        _console().print(render(entries))
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "eval": (EvalConfig, _eval),
+    "sweep": (SweepConfig, _sweep),
+    "quantize": (QuantizeConfig, _quantize),
+    "generate": (GenerateConfig, _generate),
+    "inspect": (InspectConfig, _inspect),
+    "formats": (FormatsConfig, _formats),
+}
+
+
+def _parsed_scheme(spec: str | None) -> Any:
+    if spec is None:
+        return None
+    from jquant.core.scheme import scheme
+
+    return scheme(spec)
+
+
+def _round(model: Any, scheme: Any) -> None:
+    if scheme is not None:
+        from jquant.ptq.rtn import quantize_layers
+
+        quantize_layers(model, scheme)
+
+
+def _batch(batch: int | None) -> int:
+    import jax
+
+    return (1 if jax.default_backend() == "cpu" else 8) if batch is None else batch
+
+
+def _print_evaluation(record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in record.items():
+        if value is not None and value != "":
+            table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    _console().print(table)
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _json(record: Any) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pure functions on arrays: element formats, schemes, QTensor, packing, gradients, error metrics."""

@@ -1,0 +1,10 @@
+"""The one exception type for mistakes of the caller: bad input, bad files, bad options."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """What was given, what is allowed, and the fix, in one line.
+
+    The command line prints it without a traceback and exits with code 2. Anything else that escapes is a bug of ours.
+    """

@@ -1,0 +1,1 @@
+"""Perplexity, divergence from a reference model, and what a result must carry."""

@@ -1,0 +1,1 @@
+"""Facts about formats and devices, each with its source."""

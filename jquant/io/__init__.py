@@ -1,0 +1,1 @@
+"""Files to named arrays and back: GGUF, safetensors, tokenizers, native checkpoints."""

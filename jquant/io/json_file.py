@@ -1,0 +1,49 @@
+"""The JSON files of a checkpoint folder: read as objects, with errors of one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jquant.core.errors import InputError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, is no JSON, or holds something other than an object.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_json(text, str(path))
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a checkpoint may leave out: empty where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+def parse_json(text: bytes, what: str) -> dict[str, Any]:
+    """The object in UTF-8 JSON text in which no key occurs twice; `what` names the text in errors."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what}: is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in value if names.count(name) > 1)
+        raise InputError(f"the key {twice[:80]!r} occurs twice")
+    return value

@@ -1,0 +1,349 @@
+"""The native checkpoint: a folder of packed arrays as they are in memory, with what they mean beside them.
+
+    jquant.json     format and version; each tensor's scheme, shape, dtype and hash; the files of arrays/ with their
+                    sizes; and what the writer describes: the model's config, where it comes from
+    arrays/         the arrays, by orbax
+    tokenizer.json, tokenizer_config.json
+
+orbax restores arrays of equal shapes into any scheme without a word, and a damaged file may still decode. So the hash
+of a tensor covers its scheme, shape, dtype and the bytes of all its arrays, and reading compares. A file that is
+missing or cut is found when the folder is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor, quantize
+from jquant.core.scheme import scheme
+from jquant.io.atomic import replacing
+from jquant.io.json_file import read_json
+from jquant.io.mapped import shown
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, what killed writers left stays until somebody removes it
+    fcntl = None
+
+DESCRIPTION = "jquant.json"
+ARRAYS = "arrays"
+FORMAT = "jquant-native"
+VERSION = 1
+HELD = frozenset(  # dtypes that tensorstore, under orbax, can hold
+    [
+        "bool",
+        "int2",
+        "int4",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+        "bfloat16",
+        "float4_e2m1fn",
+        "float8_e3m4",
+        "float8_e4m3",
+        "float8_e4m3b11fnuz",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Native:
+    """An opened native checkpoint: the table is read and checked, arrays are not read yet."""
+
+    path: Path
+    description: dict[str, Any] = field(repr=False)
+    _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.description["tensors"])
+
+    @property
+    def sha256(self) -> str:
+        """Of all tensors: their names, schemes, shapes, dtypes and bytes. The same content saved again has the same."""
+        hashes = {name: entry["sha256"] for name, entry in self.description["tensors"].items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+    def read(self, name: str) -> np.ndarray | QTensor:
+        """A tensor, packed as it was saved; threads may read at once.
+
+        The first call reads all arrays, and each is handed out once: no second copy stays behind. Asking for one again
+        reads all again.
+
+        Raises:
+            InputError: an array is missing or damaged, or not what the table says.
+        """
+        if name not in self.description["tensors"]:
+            raise InputError(f"{self.path}: there is no tensor {shown(name)} among its {len(self.names)}")
+        entry = self.description["tensors"][name]
+        template = _template(entry)
+        with self._lock:
+            if any(_key(name, part) not in self._arrays for part in _parts(template)):
+                self._arrays.update(_restore(self.path / ARRAYS, self._keys()))
+            arrays = {part: self._arrays.pop(_key(name, part)) for part in _parts(template)}
+        what = f"{self.path}: tensor {shown(name)}"
+        for part, wanted in _parts(template).items():
+            if arrays[part].shape != wanted.shape or arrays[part].dtype != wanted.dtype:
+                raise InputError(
+                    f"{what}: array {part} is {arrays[part].dtype}{list(arrays[part].shape)}, {DESCRIPTION} calls for "
+                    f"{wanted.dtype}{list(wanted.shape)}"
+                )
+        tensor = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
+        if _hash(tensor, entry) != entry["sha256"]:
+            raise InputError(
+                f"{what}: {ARRAYS}/ and {DESCRIPTION} do not belong together: one was changed after saving"
+            )
+        return tensor
+
+    def _keys(self) -> list[str]:
+        table = self.description["tensors"]
+        return [_key(name, part) for name, entry in table.items() for part in _parts(_template(entry))]
+
+
+def is_native(path: Path) -> bool:
+    """Whether a folder is a native checkpoint, damaged or not."""
+    return (path / DESCRIPTION).is_file()
+
+
+def write_native(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray | jax.Array | QTensor],
+    description: Mapping[str, Any],
+    *,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes a checkpoint folder; it appears under its name whole or not at all.
+
+    A killed writer leaves a hidden `.NAME.*.partial` beside it, which the next writer of the same folder removes.
+
+    Args:
+        path: a folder that does not exist yet, or is empty.
+        tensors: by name; QTensors are written packed.
+        description: JSON values kept in jquant.json (model config, provenance, …).
+        extra_files: more files of the folder, by name: the tokenizer's.
+
+    Raises:
+        InputError: the folder exists and is not empty, or cannot be written; a tensor is empty or of an odd dtype.
+    """
+    path = Path(path)
+    check_new_folder(path)
+    _check_tensors(tensors)
+    try:
+        with _appearing(path) as partial_folder:
+            table = {name: _describe(tensor) for name, tensor in tensors.items()}
+            _save(partial_folder / ARRAYS, tensors)
+            files = dict(_sizes(partial_folder / ARRAYS))
+            whole = {**description, "format": FORMAT, "version": VERSION, "tensors": table, "files": files}
+            text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+            for name, content in {DESCRIPTION: text.encode(), **(extra_files or {})}.items():
+                with replacing(partial_folder / name) as file:
+                    file.write(content)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def open_native(path: Path) -> Native:
+    """Reads the table of a native checkpoint.
+
+    Raises:
+        InputError: the table is missing or damaged, or its version is unknown.
+    """
+    source = path / DESCRIPTION
+    description = read_json(source)
+    if description.get("format") != FORMAT or description.get("version") != VERSION:
+        raise InputError(
+            f"{source}: format {description.get('format')!r} version {description.get('version')!r}; "
+            f"this jquant reads {FORMAT} version {VERSION}"
+        )
+    for part in ("tensors", "files"):
+        if not isinstance(description.get(part), dict):
+            raise InputError(f"{source}: the table of {part} is missing or damaged")
+    for name, entry in description["tensors"].items():
+        try:
+            _template(entry)
+            bytes.fromhex(entry["sha256"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+            raise InputError(f"{source}: the entry of tensor {shown(name)} is damaged: {reason}") from error
+    _check_files(path, description["files"])
+    return Native(path=path, description=description)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raises InputError where `path` exists and is not an empty folder."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: exists and is no folder; choose another --out")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path}: exists and is not empty; choose another --out, or remove it first")
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray | jax.Array | QTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.size == 0:
+            raise InputError(f"tensor {shown(name)} of shape {tensor.shape} is empty: leave it out")
+        for array in _parts(tensor).values():
+            if str(array.dtype) not in HELD:
+                raise InputError(
+                    f"tensor {shown(name)} is {array.dtype}, which a native checkpoint cannot hold; "
+                    f"it holds {', '.join(sorted(HELD))}"
+                )
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A hidden folder to write into; it takes the name `path` once the block ends without error, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        with _locked(folder):
+            yield folder
+            folder.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
+            folder.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what killed writers of `path` left; the folder of one still at work is locked."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.partial") if fcntl else ():
+        with contextlib.suppress(OSError), _locked(folder):
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which ends with the process. Raises OSError where another process holds it."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _describe(tensor: np.ndarray | jax.Array | QTensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+    if isinstance(tensor, QTensor):
+        entry["scheme"] = str(tensor.scheme)
+    return entry | {"sha256": _hash(tensor, entry)}
+
+
+def _hash(tensor: np.ndarray | jax.Array | QTensor, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of what the entry says, then the bytes of each array as memory has them, in the order of the tensor."""
+    said = {key: entry[key] for key in ("shape", "dtype", "scheme") if key in entry}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for array in _parts(tensor).values():
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _parts(tensor: Any) -> dict[str, Any]:
+    """The arrays of a tensor by the name of their place in it."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tensor)
+    return {jax.tree_util.keystr(place, simple=True, separator=".") or "array": leaf for place, leaf in leaves}
+
+
+def _template(entry: Mapping[str, Any]) -> Any:
+    """The tensor that a table entry describes, with the shapes and dtypes of its arrays in the place of them."""
+    return _abstract(entry.get("scheme"), tuple(entry["shape"]), entry["dtype"])
+
+
+@lru_cache(maxsize=1024)
+def _abstract(spec: str | None, shape: tuple[int, ...], dtype: str) -> Any:
+    array = jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+    return array if spec is None else jax.eval_shape(partial(quantize, scheme=scheme(spec)), array)
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    """Every file below a folder by its path from there, with its bytes."""
+    found = [file for file in folder.rglob("*") if file.is_file()]
+    return sorted((file.relative_to(folder).as_posix(), file.stat().st_size) for file in found)
+
+
+def _check_files(path: Path, sizes: Mapping[str, Any]) -> None:
+    """Finds what is missing or cut before orbax does, which is less clear about it."""
+    there = dict(_sizes(path / ARRAYS))
+    for name, size in sizes.items():
+        if name not in there:
+            raise InputError(f"{path}: file {shown(f'{ARRAYS}/{name}')} is missing: copy the folder again")
+        if there[name] != size:
+            raise InputError(
+                f"{path}: file {shown(f'{ARRAYS}/{name}')} has {there[name]} bytes, saved were {size}: "
+                "copy the folder again"
+            )
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}|{part}"
+
+
+def _save(folder: Path, tensors: Mapping[str, np.ndarray | jax.Array | QTensor]) -> None:
+    import orbax.checkpoint as ocp
+
+    # Arrays of jax go as they are: numpy arrays orbax would copy first, all at once.
+    arrays = {_key(name, part): array for name, tensor in tensors.items() for part, array in _parts(tensor).items()}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), arrays)
+
+
+def _restore(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    try:
+        with _quiet("absl"), ocp.PyTreeCheckpointer() as checkpointer:
+            as_numpy = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
+            return checkpointer.restore(folder.absolute(), item=dict.fromkeys(keys, 0), restore_args=as_numpy)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{folder}: the arrays are missing or damaged: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Keeps a library from logging, beside the error that it raises, what becomes one line here."""
+    chosen = logging.getLogger(logger)
+    before = chosen.level
+    chosen.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        chosen.setLevel(before)
+
+
+_ = ml_dtypes  # gives numpy the small floats that dtype names in the table refer to

@@ -1,0 +1,308 @@
+"""From MODEL (a GGUF file, a Hugging Face folder, a native checkpoint) to a running decoder and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor
+from jquant.io import native
+from jquant.io.gguf import GGUFFile, open_gguf
+from jquant.io.hf_directory import HFDirectory, open_hf_directory
+from jquant.io.locate import locate_model
+from jquant.io.mapped import ALIGNMENT, aligned_empty
+from jquant.io.tokenizer import Tokenizer, tokenizer_from_gguf, tokenizer_from_json
+from jquant.models.config import ModelConfig
+from jquant.models.decoder import Decoder
+from jquant.models.families import TENSORS, config_from_gguf, config_from_hf, interleaved_to_halves
+from jquant.nn.linear import Linear, QuantizedLinear
+from jquant.nn.surgery import module_at, replace
+
+Reader = Callable[[], "np.ndarray | QTensor"]
+
+# Buffers that old exporters saved beside the weights; the decoder computes them.
+_DERIVED = re.compile(r"(model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope_freqs\.weight)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: config and tensor list are read, weights are not."""
+
+    name: str  # as the caller wrote it
+    path: Path
+    config: ModelConfig
+    note: str  # what a reader of results must know about these weights; may be empty
+    readers: dict[str, Reader] = field(repr=False)  # by parameter path of the decoder
+    weights_sha256: Callable[[], str] = field(repr=False)
+    tokenizer_reader: Callable[[], Tokenizer] = field(repr=False)
+
+    def model(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
+        """The decoder with the weights of this checkpoint, cast to `dtype`; packed ones stay packed.
+
+        Raises:
+            InputError: a tensor is missing, left over, of the wrong shape, or holds a NaN or an infinity.
+        """
+        self._check_depth()
+        model = _abstract_decoder(self.config, dtype)
+        parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+        by_path = {".".join(map(str, path)): variable for path, variable in parameters.items()}
+        self._check_complete(by_path)
+        with ThreadPoolExecutor() as pool:
+            values = dict(zip(by_path, pool.map(partial(self._read, by_path, dtype), by_path), strict=True))
+        packed = {path: value for path, value in values.items() if isinstance(value, QTensor)}
+        for path, value in values.items():
+            if path not in packed:
+                by_path[path].set_value(value)
+        nnx.update(model, nnx.from_flat_state(parameters.items()))
+        _install(model, packed)
+        return model
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the checkpoint carries. Raises InputError where it has none that is understood."""
+        return self.tokenizer_reader()
+
+    def sha256(self) -> str:
+        """Of the weights and the config, which together decide what the model computes; not of names or paths."""
+        digest = hashlib.sha256(bytes.fromhex(self.weights_sha256()))
+        digest.update(json.dumps(self.config.as_json(), sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _check_depth(self) -> None:
+        """Before a decoder of that depth is built: a damaged config may ask for a billion blocks."""
+        blocks = {path.split(".")[1] for path in self.readers if path.startswith("blocks.")}
+        if self.config.num_layers > len(blocks):
+            raise InputError(
+                f"{self.path}: its config asks for {self.config.num_layers} blocks and there are tensors for "
+                f"{len(blocks)}: the checkpoint is incomplete"
+            )
+
+    def _check_complete(self, wanted: Iterable[str]) -> None:
+        missing = [path for path in wanted if path not in self.readers]
+        if missing:
+            raise InputError(f"{self.path}: no tensor for {missing[0]}{_others(missing)}: the checkpoint is incomplete")
+        left = sorted(set(self.readers) - set(wanted))
+        if left:
+            raise InputError(
+                f"{self.path}: tensor for {left[0]}{_others(left)} has no place in the model its config gives"
+            )
+
+    def _read(self, wanted: dict[str, nnx.Variable], dtype: DTypeLike, path: str) -> jax.Array | QTensor:
+        value, what = self.readers[path](), f"{self.path}: tensor for {path}"
+        expected = wanted[path].get_value().shape
+        if tuple(value.shape) != tuple(expected):
+            raise InputError(f"{what} has shape {tuple(value.shape)}, its config asks for {tuple(expected)}")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise InputError(f"{what} has dtype {value.dtype}, weights must be floats")
+        if isinstance(value, QTensor):
+            check_finite(np.asarray(_scales(value)), f"{what}, its scales")
+            return jax.device_put(value)
+        cast = _cast(value, np.dtype(dtype))
+        check_finite(cast, what)
+        return jax.device_put(cast)
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Opens MODEL: `demo`, a GGUF file, a Hugging Face folder, a folder of `save`, or a hub id.
+
+    Raises:
+        InputError: there is no such model, or it is damaged or of an unknown architecture.
+    """
+    path = locate_model(str(model))
+    if path.is_dir() and native.is_native(path):
+        return _open_native(str(model), path)
+    if path.is_dir():
+        return _open_hf(str(model), path)
+    return _open_gguf(str(model), path)
+
+
+def load_model(model: str | Path, *, dtype: DTypeLike = jnp.float32) -> Decoder:
+    """The decoder of MODEL with its weights in `dtype`."""
+    return open_checkpoint(model).model(dtype=dtype)
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """The tokenizer of MODEL."""
+    return open_checkpoint(model).tokenizer()
+
+
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raises InputError naming `what` and the first place where it holds a NaN or an infinity."""
+    # A sum is finite only where every term is: one cheap pass for the usual case.
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = not np.isfinite(np.sum(array, dtype=np.float32))
+    if suspicious:
+        bad = np.argwhere(~np.isfinite(array.astype(np.float32)))
+        if len(bad):
+            place = tuple(int(i) for i in bad[0])
+            raise InputError(
+                f"{what}: {array[place]} at {place} and {len(bad) - 1} other places; weights must be finite"
+            )
+
+
+def _abstract_decoder(config: ModelConfig, dtype: DTypeLike) -> Decoder:
+    """A decoder with shapes in the place of weights. One block is traced and copied: thirty take half a second."""
+    one_block = dataclasses.replace(config, num_layers=1)
+    model = nnx.eval_shape(lambda: Decoder(one_block, dtype=dtype, rngs=nnx.Rngs(0)))
+    model.blocks = nnx.List([nnx.clone(model.blocks[0]) for _ in range(config.num_layers)])
+    model.config = config
+    return model
+
+
+def _cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values in `dtype`, in memory that jax takes over as it is.
+
+    A view of a mapped file is copied even so: the model must not change when the file does.
+    """
+    if value.dtype == dtype and value.flags.writeable and value.ctypes.data % ALIGNMENT == 0:
+        return value
+    cast = aligned_empty(value.shape, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found and named by the caller
+        np.copyto(cast, value, casting="unsafe")
+    return cast
+
+
+_scales = jax.jit(QTensor.scales)
+
+
+def _open_gguf(name: str, path: Path) -> Checkpoint:
+    file = open_gguf(path)
+    config = _with_rope_divisors(config_from_gguf(file.metadata, file.tensors, str(path)), file)
+    readers: dict[str, Reader] = {}
+    for tensor in file.tensors:
+        if not _DERIVED.fullmatch(tensor):
+            readers[_ours(tensor, 2, path)] = partial(_read_gguf, file, tensor, config)
+    return Checkpoint(
+        name=name,
+        path=path,
+        config=config,
+        note=_gguf_note(file),
+        readers=readers,
+        weights_sha256=partial(_sha256, (path,)),
+        tokenizer_reader=lambda: tokenizer_from_gguf(file.metadata, source=str(path)),
+    )
+
+
+def _open_hf(name: str, path: Path) -> Checkpoint:
+    folder = open_hf_directory(path)
+    config = config_from_hf(folder.config, str(path / "config.json"))
+    if "quantization_config" in folder.config:
+        method = folder.config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise InputError(f"{path}: is quantized ({method}); reading packed checkpoints of other tools is not there yet")
+    tied_copy = "lm_head.weight" if config.tie_embeddings else None
+    names = [tensor for tensor in folder.tensors if not _DERIVED.fullmatch(tensor) and tensor != tied_copy]
+    return Checkpoint(
+        name=name,
+        path=path,
+        config=config,
+        note=_hf_note(folder),
+        readers={_ours(tensor, 1, path): partial(folder.read, tensor) for tensor in names},
+        weights_sha256=partial(_sha256, tuple(file.path for file in folder.files)),
+        tokenizer_reader=lambda: tokenizer_from_json(path),
+    )
+
+
+def _open_native(name: str, path: Path) -> Checkpoint:
+    opened = native.open_native(path)
+    return Checkpoint(
+        name=name,
+        path=path,
+        config=ModelConfig.from_json(opened.description.get("config"), str(path)),
+        note=str(opened.description.get("note", "")),
+        readers={tensor: partial(opened.read, tensor) for tensor in opened.names},
+        weights_sha256=lambda: opened.sha256,
+        tokenizer_reader=lambda: tokenizer_from_json(path),
+    )
+
+
+def _with_rope_divisors(config: ModelConfig, file: GGUFFile) -> ModelConfig:
+    if "rope_freqs.weight" not in file.tensors:
+        return config
+    divisors = file.read("rope_freqs.weight")
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise InputError(f"{file.path}: tensor rope_freqs.weight holds a value that is not positive and finite")
+    try:
+        return dataclasses.replace(config, rope_divisors=tuple(float(value) for value in divisors.ravel()))
+    except InputError as error:
+        raise InputError(f"{file.path}: tensor rope_freqs.weight: {error}") from error
+
+
+def _read_gguf(file: GGUFFile, tensor: str, config: ModelConfig) -> np.ndarray:
+    value = file.read(tensor, out=aligned_empty(file.tensors[tensor].shape, np.dtype(np.float32)))
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(tensor.split(".")[-2])
+    if heads is None or value.shape[:1] != (heads * config.head_dim,):  # a wrong shape is reported by the caller
+        return value
+    return interleaved_to_halves(value, heads)
+
+
+def _sha256(files: tuple[Path, ...]) -> str:
+    """Of the files' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _ours(tensor: str, column: int, path: Path) -> str:
+    """The decoder's path for a checkpoint's tensor name."""
+    number = re.search(r"\.(\d+)\.", tensor)
+    template = tensor if number is None else tensor.replace(number[0], ".{}.", 1)
+    ours = _TEMPLATES[column].get(template)
+    if ours is None:
+        raise InputError(f"{path}: tensor {tensor!r} has no place in a llama decoder")
+    return ours if number is None else ours.format(number[1])
+
+
+_TEMPLATES = {column: {row[column]: row[0] for row in TENSORS} for column in (1, 2)}
+
+
+def _gguf_note(file: GGUFFile) -> str:
+    """Says so where the weights were quantized before they came here: their errors are then measured against that."""
+    sizes = Counter[str]()
+    for info in file.tensors.values():
+        sizes[info.type] += info.size
+    largest = sizes.most_common(1)[0][0] if sizes else "F32"
+    if largest in ("F32", "F16", "BF16"):
+        return f"weights stored as {largest}"
+    bits = 8 * sum(info.nbytes for info in file.tensors.values()) / max(sum(sizes.values()), 1)
+    return (
+        f"the weights come from a GGUF already quantized to {largest} ({bits:.2f} bits a weight overall) and decoded "
+        "to floats: all losses here are measured against these decoded weights, not against the original model"
+    )
+
+
+def _hf_note(folder: HFDirectory) -> str:
+    types = Counter(info.type for info in folder.tensors.values())
+    return f"weights stored as {types.most_common(1)[0][0]}" if types else ""
+
+
+def _install(model: Decoder, packed: dict[str, QTensor]) -> None:
+    """Replaces the linear layers whose weights came packed."""
+    layers = {}
+    for path, weight in packed.items():
+        layer_path, _, leaf = path.rpartition(".")
+        layer = module_at(model, layer_path)
+        if leaf != "weight" or not isinstance(layer, Linear):
+            raise InputError(f"packed tensor {path}: only weights of linear layers can stay packed")
+        layers[layer_path] = QuantizedLinear(weight, None if layer.bias is None else layer.bias.get_value())
+    replace(model, layers)
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""

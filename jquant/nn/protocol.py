@@ -1,0 +1,53 @@
+"""What evaluation, PTQ and QAT know of a language model, and how they run it block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class CausalLM(Protocol):
+    """A decoder as three parts. `blocks` all have the same structure, so one trace serves them all."""
+
+    @property
+    def embed(self) -> nnx.Module:
+        """Tokens int32 [batch, time] to [batch, time, hidden]."""
+        ...
+
+    @property
+    def blocks(self) -> nnx.List[Any]:
+        """Each takes (x [batch, time, hidden], context) and returns the same shape."""
+        ...
+
+    @property
+    def head(self) -> nnx.Module:
+        """States [..., hidden] to logits [..., vocab], float32."""
+        ...
+
+    def contexts(self, length: int) -> Sequence[Any]:
+        """What each block needs beside x (rotary tables, mask) for positions 0 … length − 1; one entry a block."""
+        ...
+
+
+def hidden_states(model: CausalLM, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
+    """The states that enter the head, computed block by block with one compiled program for all blocks."""
+    x = apply(model.embed, tokens)
+    for block, context in zip(model.blocks, model.contexts(tokens.shape[1]), strict=True):
+        x = apply(block, x, context)
+    return x
+
+
+def apply(module: Any, *arguments: Any) -> Any:
+    """module(*arguments) under jit; modules of equal structure share one compiled program."""
+    graphdef, state = nnx.split(module)
+    return _apply(graphdef, state, *arguments)
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(graphdef: nnx.GraphDef, state: nnx.State, *arguments: Any) -> Any:
+    return nnx.merge(graphdef, state)(*arguments)

@@ -1,0 +1,65 @@
+"""Round to nearest: every selected linear layer's weight goes to the nearest codes, without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor, quantize
+from jquant.core.scheme import Scheme
+from jquant.nn.linear import Linear, QuantizedLinear
+from jquant.nn.surgery import named_modules, replace, select
+
+BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the output projection stay as they are
+
+
+def quantize_layers(model: nnx.Module, scheme: Scheme, *, layers: Sequence[str] = BLOCKS) -> list[str]:
+    """Replaces linear layers by packed ones, in place.
+
+    Args:
+        model: holds `Linear` layers.
+        scheme: of the weights [out, in].
+        layers: regular expressions searched for in the layers' dotted paths; by default all layers of the blocks.
+
+    Returns:
+        The paths that were replaced, sorted within each block.
+
+    Raises:
+        InputError: a pattern matches nothing, or the scheme does not fit a layer; then nothing was replaced.
+    """
+    chosen = selected_layers(model, layers)
+    packed = {}
+    for path, layer in chosen.items():
+        bias = None if layer.bias is None else layer.bias.get_value()
+        packed[path] = QuantizedLinear(_quantize_named(path, layer.weight.get_value(), scheme), bias)
+    replace(model, dict(packed))
+    return list(packed)
+
+
+def selected_layers(model: nnx.Module, layers: Sequence[str] = BLOCKS) -> dict[str, Linear]:
+    """The float linear layers that patterns select, by path. Raises InputError where a pattern matches nothing."""
+    found = {path: module for path, module in named_modules(model, Linear) if isinstance(module, Linear)}
+    if not found:
+        raise InputError("the model has no float linear layers: it is quantized already; start from the float model")
+    return {path: found[path] for path in select(list(found), layers)}
+
+
+def _quantize_named(path: str, weight: jax.Array, scheme: Scheme) -> QTensor:
+    if not bool(_is_finite(weight)):
+        raise InputError(f"layer {path}: its weight holds a NaN or an infinity; weights must be finite")
+    try:
+        return _quantize(weight, scheme)
+    except InputError as error:
+        raise InputError(f"layer {path}: {error}") from error
+
+
+_quantize = jax.jit(quantize, static_argnames="scheme")
+
+
+@jax.jit
+def _is_finite(weight: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(weight))

@@ -1,0 +1,1 @@
+"""Grids of cells, their resumable store, their execution, and the report made from them."""

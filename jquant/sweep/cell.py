@@ -1,0 +1,149 @@
+"""One cell: quantize the weights, measure their error and size, evaluate the model with the decoded values.
+
+The model is evaluated on dequantized weights put into the float model: that is what a packed layer computes with, bit
+for bit, and one compiled program then serves every scheme.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jquant.core.errors import InputError
+from jquant.core.metrics import ErrorSums, error_sums, summarize
+from jquant.core.qtensor import dequantize, quantize, stored_bytes
+from jquant.core.scheme import Group, Scheme
+from jquant.data.blocks import Windows
+from jquant.evaluation.result import Perplexity
+from jquant.evaluation.scoring import Reference, evaluate
+from jquant.models.decoder import Decoder
+from jquant.models.save import model_bytes
+from jquant.nn.linear import Linear
+from jquant.nn.surgery import module_at
+from jquant.sweep.results import Cell
+
+METHOD = "rtn"
+FLOAT = "float"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """What all cells share: the float model, the layers to quantize, the windows, and the reference on them."""
+
+    model: Decoder
+    layers: dict[str, Linear]
+    windows: Windows
+    reference: Reference
+
+
+def measure(subject: Subject, scheme: Scheme, cell_id: str, *, progress: Callable[[int], None] | None = None) -> Cell:
+    """Runs one cell by rounding to nearest."""
+    started = time.perf_counter()
+    model = _share(subject.model)
+    sums = _round_in_place([cast(Linear, module_at(model, path)) for path in subject.layers], scheme)
+    jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    quantized = time.perf_counter()
+    found = evaluate(
+        model, subject.windows, reference=subject.reference, batch=subject.reference.batch, progress=progress
+    )
+    evaluated = time.perf_counter()
+    assert found.divergence is not None
+    error = summarize(*sums)
+    weights = {path: layer.weight.get_value() for path, layer in subject.layers.items()}
+    packed = sum(stored_bytes(scheme, weight.shape) for weight in weights.values())
+    floats = sum(weight.nbytes for weight in weights.values())
+    return Cell(
+        id=cell_id,
+        scheme=str(scheme),
+        method=METHOD,
+        element=scheme.element.name,
+        granularity=type(scheme.granularity).__name__.lower(),
+        group_size=scheme.granularity.size if isinstance(scheme.granularity, Group) else None,
+        bits_per_weight=8 * packed / sum(weight.size for weight in weights.values()),
+        quantized_bytes=packed,
+        model_bytes=model_bytes(subject.model) - floats + packed,
+        **error._asdict(),
+        perplexity=found.perplexity.value,
+        nll=found.perplexity.nll,
+        stderr=found.perplexity.stderr,
+        kl=found.divergence.kl.value,
+        kl_stderr=found.divergence.kl.stderr,
+        top1=found.divergence.top1.value,
+        top1_stderr=found.divergence.top1.stderr,
+        tokens_scored=subject.windows.tokens_scored,
+        seconds_quantize=quantized - started,
+        seconds_evaluate=evaluated - quantized,
+    )
+
+
+def reference_cell(subject: Subject, perplexity: Perplexity, cell_id: str, seconds: float) -> Cell:
+    """The float model as a cell: no error, no divergence from itself."""
+    weights = [layer.weight.get_value() for layer in subject.layers.values()]
+    held = sum(weight.nbytes for weight in weights)
+    return Cell(
+        id=cell_id,
+        scheme=FLOAT,
+        method="none",
+        element=str(weights[0].dtype),
+        granularity="tensor",
+        group_size=None,
+        bits_per_weight=8 * held / sum(weight.size for weight in weights),
+        quantized_bytes=held,
+        model_bytes=model_bytes(subject.model),
+        mse=0.0,
+        mae=0.0,
+        max_error=0.0,
+        sqnr_db=float("inf"),
+        cosine=1.0,
+        perplexity=perplexity.value,
+        nll=perplexity.nll,
+        stderr=perplexity.stderr,
+        kl=0.0,
+        kl_stderr=0.0,
+        top1=1.0,
+        top1_stderr=0.0,
+        tokens_scored=subject.windows.tokens_scored,
+        seconds_quantize=0.0,
+        seconds_evaluate=seconds,
+    )
+
+
+def check_fits(layers: dict[str, Linear], schemes: Sequence[Scheme]) -> None:
+    """Raises InputError naming scheme and layer where a scheme does not fit; nothing is computed."""
+    shapes = {layer.weight.get_value().shape: path for path, layer in reversed(layers.items())}
+    for scheme in schemes:
+        for shape, path in shapes.items():
+            try:
+                scheme.granularity.tile(*shape[-2:])
+            except InputError as error:
+                raise InputError(f"scheme {scheme} on layer {path}: {error}") from error
+
+
+def _round_in_place(layers: list[Linear], scheme: Scheme) -> list[ErrorSums]:
+    """Replaces each weight by its quantized value: one compilation a scheme and shape."""
+    sums = []
+    for layer in layers:
+        value, each = _round_trip(layer.weight.get_value(), scheme)
+        layer.weight.set_value(value)
+        sums.append(each)
+    return [ErrorSums(*each) for each in jax.device_get(sums)]
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _round_trip(weight: jax.Array, scheme: Scheme) -> tuple[jax.Array, ErrorSums]:
+    value = dequantize(quantize(weight, scheme), jnp.float32)
+    return value.astype(weight.dtype), error_sums(weight, value)
+
+
+def _share(model: Decoder) -> Decoder:
+    """A second model over the same arrays, whose weights can be replaced without touching the first."""
+    graphdef, state = nnx.split(model)
+    # `merge` would put the first model's own Variables into the second; the map makes new ones around the same arrays.
+    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))

@@ -1,0 +1,49 @@
+"""What a sweep runs. No jax here: the command line reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jquant.core.errors import InputError
+from jquant.core.options import Names, Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Measures a grid of quantization schemes on one model: weight error, size, perplexity, KL, top-1 agreement."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """`demo`, the path of a GGUF file or a Hugging Face folder, or a hub id."""
+    schemes: Names
+    """Spec strings: int4:g64,nf4:g64,mxfp4,…"""
+    out: Path
+    """Folder of results; a folder of the same sweep is completed, not overwritten."""
+    groups: Sizes = ()
+    """Group sizes to combine with every scheme; without them schemes stand as written."""
+    text: str = "pydoc"
+    """A file, a folder or the name of a text; `pydoc` comes with Python."""
+    window: int = 512
+    """Tokens in a window."""
+    windows: int | None = 8
+    """How many windows; None for the whole text."""
+    stride: int | None = None
+    """Tokens from one window to the next; by default the window: no overlap."""
+    batch: int | None = None
+    """Windows a forward pass; by default 1 on CPU, 8 elsewhere."""
+    layers: Names = (r"^blocks\.",)
+    """Regular expressions: which linear layers are quantized."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the unquantized weights and of computation."""
+    report: bool = True
+    """Write plots and the HTML report (needs jquant[report]); tables are always written."""
+
+    def __post_init__(self) -> None:
+        if not self.schemes:
+            raise InputError("schemes: none given; name at least one, as in --schemes int4:g64,nf4:g64")
+        for size in self.groups:
+            if size < 1:
+                raise InputError(f"groups: {size} is no group size; each must be at least 1")

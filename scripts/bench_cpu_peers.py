@@ -1,0 +1,186 @@
+"""Time other libraries on this machine's CPU: what scripts/bench_cpu.py's ratios are taken against.
+
+    PEER_PYTHON scripts/bench_cpu_peers.py int4 int4-packed nf4
+    PEER_PYTHON scripts/bench_cpu_peers.py smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf --threads 2
+    QWIX_PYTHON scripts/bench_cpu_peers.py qwix
+
+PEER_PYTHON is an environment with torch, bitsandbytes, transformers, gguf and accelerate (and a C++ compiler on the
+path, for torch.compile); QWIX_PYTHON one with jax 0.10.2 and qwix 0.1.8. Each work prints one JSON line: work, peer,
+version, milliseconds (median), milliseconds_min or tokens_per_second (median and best), threads, reps. Works of one
+thread run pinned to one core (--core). Nothing of jquant is imported. All works together took a minute on 2 cores.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZE = 4096
+GROUP = 128
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("works", nargs="+", choices=WORKS, metavar="WORK", help=", ".join(WORKS))
+    parser.add_argument("--reps", type=int, default=60, help="timed calls of the 4096 x 4096 works")
+    parser.add_argument("--windows", type=int, default=8, help="timed windows of smollm2")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the works that take several")
+    parser.add_argument("--core", type=int, default=0, help="the core of the works that take one thread")
+    parser.add_argument("--gguf", type=Path, help="the SmolLM2 file that smollm2 loads")
+    arguments = parser.parse_args()
+    if "smollm2" in arguments.works and (arguments.gguf is None or not arguments.gguf.is_file()):
+        parser.error(f"smollm2 needs --gguf FILE, the SmolLM2 GGUF; got {arguments.gguf}")
+    for work in arguments.works:
+        everything = os.sched_getaffinity(0)
+        for row in WORKS[work](arguments):
+            print(json.dumps({"work": work} | row), flush=True)
+        os.sched_setaffinity(0, everything)
+
+
+def int4(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Symmetric full-range int4, groups of 128, one int8 code an element, through torch.compile."""
+    yield _torch_int4(arguments, packed=False)
+
+
+def int4_packed(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The same with two codes a byte."""
+    yield _torch_int4(arguments, packed=True)
+
+
+def _torch_int4(arguments: argparse.Namespace, *, packed: bool) -> Row:
+    os.sched_setaffinity(0, {arguments.core})
+    import torch
+
+    torch.set_num_threads(1)
+
+    def codes_and_scales(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = weight.view(SIZE, -1, GROUP)
+        scale = groups.abs().amax(-1, keepdim=True) / 7.5
+        codes = torch.clamp(torch.round(groups / scale), -8, 7).to(torch.int8)
+        if packed:
+            codes = (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+        return codes.view(SIZE, -1), scale.squeeze(-1)
+
+    compiled = torch.compile(codes_and_scales)
+    weight = torch.from_numpy(_weight())
+    _check_codes(compiled(weight)[0].numpy(), packed=packed)
+    return {"peer": "torch.compile", "version": torch.__version__, "threads": 1} | _time(
+        lambda: compiled(weight), arguments.reps
+    )
+
+
+def nf4(arguments: argparse.Namespace) -> Iterator[Row]:
+    """NF4 in blocks of 64 through bitsandbytes, with all threads and with one."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.from_numpy(_weight())
+    for threads in (arguments.threads, 1):
+        torch.set_num_threads(threads)
+        if threads == 1:
+            os.sched_setaffinity(0, {arguments.core})
+        yield {"peer": "bitsandbytes", "version": _version("bitsandbytes"), "threads": threads} | _time(
+            lambda: quantize_4bit(weight, blocksize=64, quant_type="nf4"), max(5, arguments.reps // 4)
+        )
+
+
+def smollm2(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Load the GGUF with transformers, then the mean NLL of windows of 512 tokens, batch 1, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(arguments.threads)
+    identity = {"peer": "transformers", "version": _version("transformers"), "threads": arguments.threads}
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.gguf.parent, gguf_file=arguments.gguf.name, dtype=torch.float32
+    ).eval()
+    yield identity | {"work": "smollm2-load", "milliseconds": _ms(time.perf_counter() - start), "reps": 1}
+    window = 512
+    tokens = torch.randint(0, 49_152, (1, window), generator=torch.Generator().manual_seed(0))
+
+    def score() -> None:
+        logits = model(tokens, use_cache=False).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:])
+
+    with torch.inference_mode():
+        timing = _time(score, arguments.windows)
+    yield identity | {
+        "window": window,
+        "tokens_per_second": round(window / timing["milliseconds"] * 1e3, 1),
+        "tokens_per_second_best": round(window / timing["milliseconds_min"] * 1e3, 1),
+        "reps": timing["reps"],
+    }
+
+
+def qwix(arguments: argparse.Namespace) -> Iterator[Row]:
+    """int4 in groups of 128 through qwix, jitted, pinned to one core."""
+    os.sched_setaffinity(0, {arguments.core})
+    import jax
+    import jax.numpy as jnp
+    import qwix as peer
+
+    weight = jnp.asarray(_weight())
+    quantize = jax.jit(lambda w: peer.quantize(w, jnp.int4, channelwise_axes=(0,), tiled_axes={1: GROUP}))
+    yield {"peer": "qwix", "version": _version("qwix"), "jax": jax.__version__, "threads": 1} | _time(
+        lambda: jax.block_until_ready(quantize(weight)), arguments.reps
+    )
+
+
+WORKS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "int4": int4,
+    "int4-packed": int4_packed,
+    "nf4": nf4,
+    "smollm2": smollm2,
+    "qwix": qwix,
+}
+
+
+def _weight() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((SIZE, SIZE), dtype=np.float32)
+
+
+def _check_codes(codes: np.ndarray, *, packed: bool) -> None:
+    """A fast wrong answer is no yardstick: all but one code in a thousand (ties) must be numpy's."""
+    if packed:
+        codes = np.stack([codes << 4 >> 4, codes >> 4], axis=-1).reshape(SIZE, SIZE)
+    groups = _weight().reshape(SIZE, -1, GROUP)
+    scale = np.abs(groups).max(-1, keepdims=True) / np.float32(7.5)
+    expected = np.clip(np.rint(groups / scale), -8, 7).reshape(SIZE, SIZE)
+    wrong = int((codes != expected).sum())
+    if wrong > expected.size // 1000:
+        raise RuntimeError(f"the compiled function gives {wrong} wrong codes of {expected.size}")
+
+
+def _time(call: Callable[[], Any], reps: int) -> Row:
+    for _ in range(2):
+        call()
+    seconds = []
+    for _ in range(reps):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return {"milliseconds": _ms(statistics.median(seconds)), "milliseconds_min": _ms(min(seconds)), "reps": reps}
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+if __name__ == "__main__":
+    main()

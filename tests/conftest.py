@@ -1,0 +1,24 @@
+"""Set up before anything imports jquant or asks for a device: annotations are held to, and there are 8 devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jaxtyping
+import pytest
+
+import tests.runtime_types  # noqa: F401  the hook finds it by name
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Rooms whose functions are about arrays: the hook slows every call of what it hooks, loops over labels included.
+ROOMS = ["core", "kernels", "calib", "nn", "models", "ptq", "qat", "evaluation"]
+jaxtyping.install_import_hook([f"jquant.{room}" for room in ROOMS], "tests.runtime_types.shapes_checked")
+
+
+@pytest.fixture
+def annotations_unchecked() -> Iterator[None]:
+    """For tests of our own messages on wrong arrays: users have no type checker in front of them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
