@@ -66,7 +66,6 @@ HELD = frozenset(  # dtypes that tensorstore, under orbax, can hold
         "bfloat16",
         "float4_e2m1fn",
         "float8_e3m4",
-        "float8_e4m3",
         "float8_e4m3b11fnuz",
         "float8_e4m3fn",
         "float8_e4m3fnuz",
