@@ -141,6 +141,7 @@ def _prepare(
     model = checkpoint.model(dtype=jnp.dtype(config.dtype))
     layers = selected_layers(model, config.layers)
     check_fits(layers, schemes)
+    store.make()
     batch = config.batch or (1 if jax.default_backend() == "cpu" else 8)
     listen(Event(stage="reference", done=0, total=len(schemes)))
     started = time.perf_counter()

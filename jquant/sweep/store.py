@@ -31,7 +31,7 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """An opened sweep folder."""
+    """A sweep folder; `make` puts it on disk, so that a mistake found before leaves nothing behind."""
 
     path: Path
     definition: Mapping[str, Any] = field(repr=False)
@@ -40,6 +40,21 @@ class Store:
     @property
     def manifest(self) -> dict[str, Any]:
         return {**self.definition, "environment": dict(self.environment)}
+
+    def make(self) -> None:
+        """Makes the folder where it is not there yet.
+
+        Raises:
+            InputError: it cannot be made, or another sweep has come to be there.
+        """
+        _make(self.path / CELLS)
+        with (self.path / CELLS / "sweep.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _found(self.path, self.definition) is None:
+                record = {"format": FORMAT, "version": VERSION, "definition": self.definition}
+                text = json.dumps(record | {"environment": self.environment}, indent=1, ensure_ascii=False)
+                with replacing(self.path / MANIFEST) as file:
+                    file.write(f"{text}\n".encode())
 
     def cell_id(self, scheme: str, method: str) -> str:
         """Hash of everything that decides the cell's numbers."""
@@ -85,21 +100,24 @@ class Store:
 
 
 def open_store(path: str | Path, definition: Mapping[str, Any], environment: Mapping[str, Any]) -> Store:
-    """Opens the folder of a sweep with this definition, or makes it.
+    """Opens the folder of a sweep with this definition, or names one that `Store.make` will make.
 
     Raises:
         InputError: the folder holds something else, or a sweep with another definition; the message names the field.
     """
     path = Path(path)
     definition = json.loads(_canonical(definition))  # as it will be read back
+    found = _found(path, definition)
+    if found is None and path.exists() and (not path.is_dir() or any(entry.name != CELLS for entry in _visible(path))):
+        raise InputError(f"{path}: exists, is not empty and is no sweep; choose another --out")
+    return Store(path=path, definition=definition, environment=dict(environment if found is None else found))
+
+
+def _found(path: Path, definition: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The environment of the sweep that lies there; None where there is none. Raises InputError where it is another."""
     manifest = path / MANIFEST
     if not manifest.exists():
-        if path.exists() and (not path.is_dir() or any(entry.name != CELLS for entry in _visible(path))):
-            raise InputError(f"{path}: exists, is not empty and is no sweep; choose another --out")
-        _make(path / CELLS)
-        record = {"format": FORMAT, "version": VERSION, "definition": definition, "environment": dict(environment)}
-        with replacing(manifest) as file:
-            file.write((json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+        return None
     found = read_json(manifest)
     if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise InputError(f"{manifest}: is not a sweep of this version; choose another --out")
@@ -108,8 +126,7 @@ def open_store(path: str | Path, definition: Mapping[str, Any], environment: Map
         raise InputError(
             f"{path}: holds another sweep: {name} is {theirs!r} there, {ours!r} here; choose another --out"
         )
-    _make(path / CELLS)
-    return Store(path=path, definition=definition, environment=found.get("environment", {}))
+    return found.get("environment", {})
 
 
 def _visible(path: Path) -> list[Path]:
