@@ -26,7 +26,7 @@ class InspectConfig:
     """Lists what a checkpoint holds: architecture, parameters, tensor types, bits per weight, sizes."""
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """A GGUF file, a safetensors file, a Hugging Face folder, or `demo`."""
+    """A GGUF file, a safetensors file, a Hugging Face folder, a folder of `jquant quantize`, or `demo`."""
     json: bool = False
     """Print JSON."""
 

@@ -20,6 +20,8 @@ from jquant.io.hf_directory import open_hf_directory
 from jquant.io.mapped import TensorInfo
 from jquant.io.safetensors import open_safetensors
 
+NATIVE = "jquant.json"  # DESCRIPTION of io/native.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedTensor:
@@ -63,12 +65,19 @@ class Inspection:
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
-    """Inspects a GGUF file, a safetensors file or a Hugging Face folder; no tensor is read.
+    """Inspects a GGUF file, a safetensors file, a Hugging Face folder or a native checkpoint; no tensor is read.
 
     Raises:
         InputError: the path is none of these, or what it holds is damaged.
     """
     path = Path(path)
+    if (path / NATIVE).is_file():
+        from jquant.io.native import open_native  # brings jax, which the other kinds do without
+
+        native = open_native(path)
+        config = native.description.get("config")
+        named = config.get("architecture") if isinstance(config, dict) else None
+        return _inspection(path, "jquant native", named, native.files, native.tensors.values())
     if path.is_dir():
         folder = open_hf_directory(path)
         names = folder.config.get("architectures")

@@ -17,6 +17,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import scheme
 from jquant.io.atomic import replacing
 from jquant.io.json_file import read_json
-from jquant.io.mapped import shown
+from jquant.io.mapped import TensorInfo, shown
 
 try:
     import fcntl
@@ -88,6 +89,26 @@ class Native:
     @property
     def names(self) -> list[str]:
         return list(self.description["tensors"])
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Shapes, and bytes as packed; the type is the scheme, or the dtype of a tensor that has none."""
+        infos = {}
+        for name, entry in self.description["tensors"].items():
+            parts = _parts(_template(entry)).values()
+            infos[name] = TensorInfo(
+                name=name,
+                shape=tuple(entry["shape"]),
+                type=entry.get("scheme", entry["dtype"]),
+                offset=0,  # the arrays lie in orbax's files, not in one of ours
+                nbytes=sum(math.prod(part.shape) * part.dtype.itemsize for part in parts),
+            )
+        return infos
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the arrays."""
+        return [self.path / ARRAYS / name for name in self.description["files"]]
 
     @property
     def sha256(self) -> str:

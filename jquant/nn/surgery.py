@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from flax import nnx
 
@@ -74,6 +74,3 @@ def module_at(model: nnx.Module, path: Path) -> nnx.Module:
     if not isinstance(node, nnx.Module):
         raise InputError(f"{path!r} is a {type(node).__name__}, not a module")
     return node
-
-
-Transform = Callable[[Path, nnx.Module], nnx.Module]

@@ -34,7 +34,7 @@ def sweep_table(sweep: Sweep) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0),
         caption=f"One standard error of the reference's perplexity: {stderr_text(perplexity_stderr(sweep.reference))}. "
         "P, K: no scheme of as few bits has lower perplexity, KL.",
         caption_justify="left",
@@ -43,7 +43,7 @@ def sweep_table(sweep: Sweep) -> Table:
         if column.is_number():
             table.add_column(title, justify="right", no_wrap=True)
         else:
-            table.add_column(title, overflow="fold", min_width=14)
+            table.add_column(title, overflow="fold", min_width=21)
     table.add_column("", no_wrap=True)
     # Text objects: a spec string is data, not rich markup.
     table.add_row(*(Text(column.text(sweep.reference, sweep.reference)) for column, _ in shown), Text(""), style="dim")
