@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from jquant.core import packing
+from jquant.core.division import exact_divide, exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Element, Int
-from jquant.core.scales import StoredScale, encoding_scale, exact_divide, exact_ratio
+from jquant.core.scales import StoredScale, encoding_scale
 from jquant.core.scheme import Scheme
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
+from jquant.core.division import exact_divide, exact_ratio
 from jquant.core.formats import FLOATS, Codebook, Element, Float
 
 _SMALLEST_SCALE = np.float32(2.0**-124)
@@ -59,8 +60,11 @@ class FloatScale:
             return StoredScale(jnp.where(jnp.isfinite(target), code, _E4M3_NAN))
         if self.name == "fp16":
             target = jnp.where(jnp.isfinite(target), jnp.clip(target, 2.0**-24, 65504.0), target)
-        dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[self.name]
-        return StoredScale(target.astype(dtype))
+        if self.name == "fp32":
+            return StoredScale(target)
+        dtype = {"bf16": jnp.bfloat16, "fp16": jnp.float16}[self.name]
+        # The barrier keeps XLA on GPU from dropping the rounding where the scale is read back in the same program.
+        return StoredScale(jax.lax.optimization_barrier(target.astype(dtype)))
 
     def load(self, stored: StoredScale) -> Float32[Array, "..."]:
         if self.name != "e4m3":
@@ -142,7 +146,8 @@ class NestedScale:
         peak = jnp.max(source, axis=(-2, -1), keepdims=True)
         # Reciprocal first, as torch divides a number by an array: then g has compressed-tensors' bits. The reciprocal
         # is taken 2⁸ times too large, lest that of a peak above 2¹²⁶ be subnormal and flushed.
-        g = (256 / jnp.where(peak < _SMALLEST_PEAK, 1.0, peak)) * np.float32(E4M3.max * reach / 256)
+        reciprocal = exact_ratio(jnp.full_like(peak, 256), jnp.where(peak < _SMALLEST_PEAK, 1.0, peak))
+        g = reciprocal * np.float32(E4M3.max * reach / 256)
         g = jnp.where(peak < _SMALLEST_PEAK, 1.0, g)
         scaled = jnp.maximum(g * target, E4M3.smallest)
         zeros = 1.0 if _has_zero(element) else E4M3.smallest
@@ -212,24 +217,6 @@ def encoding_scale(scale_format: ScaleFormat, target: Array, stored: StoredScale
     if isinstance(scale_format, DoubleQuantizedScale):
         return _one_where_zero(target)
     return scale_format.load(stored)
-
-
-def exact_divide(numerator: Float32[Array, "..."], divisor: float) -> Float32[Array, "..."]:
-    """numerator / divisor for numerator ≥ 0, correctly rounded.
-
-    XLA turns division by a constant into multiplication by its rounded reciprocal, which misses the last bit in up to
-    70 % of the cases; a divisor that depends on data is left alone.
-    """
-    return numerator / jnp.where(numerator > 0, jnp.float32(divisor), jnp.float32(1))
-
-
-def exact_ratio(numerator: Float32[Array, "..."], divisor: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """numerator / divisor, correctly rounded, where the divisor is broadcast.
-
-    XLA turns x / broadcast(s) into x · broadcast(1/s), which moves one int4 code in a thousand of those near a tie. The
-    select makes the divisor a full array again; it fuses, and a NaN stays one.
-    """
-    return numerator / jnp.where(numerator == numerator, divisor, jnp.float32(1))
 
 
 def dynamic_map() -> np.ndarray:

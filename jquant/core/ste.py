@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jquant.core.division import exact_ratio
 from jquant.core.qtensor import _check_input, _integer, choose_parameters, from_tiles, spread, to_tiles
-from jquant.core.scales import exact_ratio
 from jquant.core.scheme import Scheme
 
 GradientRule = Callable[[Array, Array], Array]

@@ -161,7 +161,7 @@ def test_codebooks_of_any_size(size: int) -> None:
 @pytest.mark.parametrize("spec", SCHEMES)
 def test_sharded_equals_unsharded(spec: str) -> None:
     parsed = scheme(spec)
-    x = _weights(32, 512)
+    x = jax.device_put(_weights(32, 512), jax.devices("cpu")[0])
     expected = _quantize(x, scheme=parsed)
     mesh = Mesh(np.asarray(jax.devices("cpu")[:8]).reshape(4, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("rows", "columns"))
