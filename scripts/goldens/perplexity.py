@@ -6,7 +6,7 @@ Run with a Python that has torch, transformers, gguf and accelerate:
 
     ORACLE scripts/goldens/perplexity.py smollm2 SmolLM2-135M-Instruct.Q4_1.gguf wiki.test.raw.gz
 
-The arrays are `ids` [16, 512], the first windows of the whole text's tokens, and `nll` [16], nats in float64 summed over
+The arrays are `ids` [16, 512], the first windows of the whole text's tokens, and `nll` [16], nats (float64) summed over
 window[1:] given window[:-1]. `meta` holds versions, the text's hash and its number of tokens by transformers' own
 tokenizer (whose conversion of SmolLM2's splits digits otherwise: 2 ids of 303,415, none in these windows).
 """
