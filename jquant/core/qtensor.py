@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from jaxtyping import Array, Float, Float32, UInt8
 from jquant.core import packing
 from jquant.core.division import exact_divide, exact_ratio
 from jquant.core.errors import InputError
-from jquant.core.formats import Element, Int
-from jquant.core.scales import StoredScale, encoding_scale
+from jquant.core.formats import Element, GGMLBlock, Int
+from jquant.core.ggml_rows import block_scales, decode_rows, encode_rows
+from jquant.core.scales import IN_BLOCKS, StoredScale, encoding_scale
 from jquant.core.scheme import Scheme
 
 
@@ -34,7 +36,7 @@ class QTensor:
     the bytes it reports.
     """
 
-    planes: packing.Planes  # codes, packed along the input axis
+    planes: packing.Planes  # codes, packed along the input axis; of ggml's types one: the blocks [..., out, bytes]
     stored: StoredScale  # scales [..., row tiles, column tiles] in the scheme's format
     zero_planes: packing.Planes | None  # zero points [..., column tiles, row tiles], packed along the rows
     scheme: Scheme
@@ -63,11 +65,15 @@ class QTensor:
         return self.nbytes * 8 / self.size
 
     def codes(self) -> UInt8[Array, "*batch out in"]:
-        """Unpacked codes, the element's bit patterns."""
+        """Unpacked codes, the element's bit patterns. Raises InputError where whole blocks are stored."""
+        if self.scheme.block is not None:
+            raise InputError(f"{self.scheme} stores whole blocks, not single codes: take planes[0], or dequantize")
         return packing.unpack(self.planes, self.scheme.element.bits, self.matrix_shape[1])
 
     def scales(self) -> Float32[Array, "*batch row_tiles column_tiles"]:
-        """Scales as the decoder multiplies with them."""
+        """Scales as the decoder multiplies with them; of a ggml type all floats in its blocks, minima among them."""
+        if self.scheme.block is not None:
+            return block_scales(self.planes[0], self.scheme.block)
         return self.scheme.scale.load(self.stored)
 
     def zero_points(self) -> UInt8[Array, "*batch row_tiles column_tiles"] | None:
@@ -97,6 +103,7 @@ def quantize(
     *,
     scale: Float[Array, "*batch row_tiles column_tiles"] | None = None,
     zero_point: Array | None = None,
+    importance: Float[Array, " in"] | None = None,
 ) -> QTensor:
     """Nearest codes: clip(round(x / s) + z) for integers, the nearest level of x / s for the others.
 
@@ -105,6 +112,7 @@ def quantize(
         scheme: what to quantize to.
         scale: scales to use instead of those from the range of x; positive, one a tile.
         zero_point: codes of zero to use, one a tile; only with `scale` and an asymmetric scheme.
+        importance: weights ≥ 0 of the columns' squared errors, for those types of ggml that search their scales.
 
     Returns:
         The packed tensor; its `dtype` is x's.
@@ -116,6 +124,10 @@ def quantize(
     loaders and `quantize_layers` refuse weights that are not finite, by name.
     """
     _check_input(x, scheme)
+    if scheme.block is not None:
+        return _quantize_rows(x, scheme, scheme.block, scale, zero_point, importance)
+    if importance is not None:
+        raise InputError(f"{scheme} takes no importance: only ggml's block types search their scales; leave it out")
     tiles = to_tiles(x.astype(jnp.float32), scheme)
     parameters = choose_parameters(tiles, scheme) if scale is None else _given(x, scheme, scale, zero_point)
     y = exact_ratio(tiles, spread(parameters.scale))
@@ -143,6 +155,9 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*bat
         q: a packed tensor.
         dtype: of the result; by default that of the array q was made from. The product is rounded to it once.
     """
+    if q.scheme.block is not None:
+        values = decode_rows(q.planes[0], q.scheme.block, q.matrix_shape[1])
+        return values.astype(q.dtype if dtype is None else dtype)
     tiles = to_tiles(q.codes(), q.scheme)
     zero = q.zero_points()
     if zero is None:
@@ -154,26 +169,58 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*bat
 
 def choose_parameters(tiles: Float32[Array, "*batch r tr c tc"], scheme: Scheme) -> Parameters:
     """Scales and zero points from the range of each tile (SPEC 1 and 2)."""
-    highest = jnp.max(tiles, axis=(-3, -1)) if tiles.shape[-3] > 1 else jnp.max(tiles, axis=-1)[..., 0, :]
-    lowest = jnp.min(tiles, axis=(-3, -1)) if tiles.shape[-3] > 1 else jnp.min(tiles, axis=-1)[..., 0, :]
     if scheme.zero_point == "integer":
-        highest, lowest = jnp.maximum(highest, 0.0), jnp.minimum(lowest, 0.0)
+        highest, lowest = jnp.maximum(_over_tile(jnp.max, tiles), 0.0), jnp.minimum(_over_tile(jnp.min, tiles), 0.0)
         codes = _integer(scheme.element).highest_code
         target = exact_divide(highest - lowest, codes)
         stored = scheme.scale.store(target, None, scheme.element)
         scale = scheme.scale.load(stored)
         return Parameters(stored, scale, jnp.clip(jnp.round(exact_ratio(-lowest, scale)), 0, codes))
-    # max(max x, −min x), not max|x|: XLA's CPU reduction of the former runs 10× faster.
-    absmax = jnp.maximum(highest, -lowest)
+    absmax = _over_tile(_largest_magnitude, tiles)
     target = scheme.scale.target(absmax, scheme.element)
     stored = scheme.scale.store(target, absmax, scheme.element)
     return Parameters(stored, encoding_scale(scheme.scale, target, stored), None)
 
 
+def _over_tile(reduce: Callable[..., Array], tiles: Array) -> Array:
+    """[..., row tiles, tile rows, column tiles, tile columns] to [..., row tiles, column tiles]."""
+    return reduce(tiles, axis=(-3, -1)) if tiles.shape[-3] > 1 else reduce(tiles, axis=(-1,))[..., 0, :]
+
+
+def _largest_magnitude(x: Array, axis: tuple[int, ...]) -> Array:
+    """max |x|."""
+    return jax.lax.platform_dependent(
+        x,
+        cpu=partial(_largest_magnitude_by_selects, axis=axis),
+        default=partial(_largest_magnitude_by_maxima, axis=axis),
+    )
+
+
+def _largest_magnitude_by_maxima(x: Array, *, axis: tuple[int, ...]) -> Array:
+    return jnp.maximum(jnp.max(x, axis=axis), -jnp.min(x, axis=axis))
+
+
+_RUN = 32  # neighbours that are compared by selects: such runs lie within a shard, and vectorize well
+
+
+def _largest_magnitude_by_selects(x: Array, *, axis: tuple[int, ...]) -> Array:
+    """Of each run the element of largest magnitude, then the largest of those.
+
+    On CPU XLA vectorizes a select, which may skip a NaN; its maximum, which may not, takes twice the time, and one of
+    |x| ten times. What is reduced across devices has to be one of the reductions that XLA knows.
+    """
+    if x.shape[-1] % _RUN:
+        return _largest_magnitude_by_maxima(x, axis=axis)
+    runs = x.reshape(*x.shape[:-1], x.shape[-1] // _RUN, _RUN)
+    larger = partial(jax.lax.reduce, init_values=np.float32(0), dimensions=(runs.ndim - 1,))
+    largest = larger(runs, computation=lambda a, b: jax.lax.select(jnp.abs(b) > jnp.abs(a), b, a))
+    return jnp.max(jnp.abs(largest), axis=axis)
+
+
 def to_tiles(x: Array, scheme: Scheme) -> Array:
     """[..., out, in] to [..., row tiles, tile rows, column tiles, tile columns]; ragged edges padded with zeros."""
     rows, columns = x.shape[-2:]
-    tile_rows, tile_columns = scheme.granularity.tile(rows, columns)
+    tile_rows, tile_columns = scheme.tile(rows, columns)
     short_rows, short_columns = -rows % tile_rows, -columns % tile_columns
     if short_rows or short_columns:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, short_rows), (0, short_columns)])
@@ -197,6 +244,21 @@ def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Bytes that an array of this shape takes when quantized; nothing is computed."""
     q = jax.eval_shape(partial(quantize, scheme=scheme), jax.ShapeDtypeStruct(shape, jnp.float32))
     return q.nbytes
+
+
+def _quantize_rows(
+    x: Array, scheme: Scheme, block: GGMLBlock, scale: Array | None, zero_point: Array | None, importance: Array | None
+) -> QTensor:
+    if scale is not None or zero_point is not None:
+        raise InputError(f"{scheme} finds the scales inside its blocks itself: give neither scale nor zero point")
+    return QTensor(
+        planes=(encode_rows(x.astype(jnp.float32), block, importance),),
+        stored=IN_BLOCKS,
+        zero_planes=None,
+        scheme=scheme,
+        matrix_shape=(x.shape[-2], x.shape[-1]),
+        dtype=np.dtype(x.dtype),
+    )
 
 
 def _given(x: Array, scheme: Scheme, scale: Array, zero_point: Array | None) -> Parameters:
