@@ -26,7 +26,8 @@ from jquant.io.gguf import GGUFFile, open_gguf
 from jquant.io.hf_directory import HFDirectory, open_hf_directory
 from jquant.io.locate import locate_model
 from jquant.io.mapped import ALIGNMENT, aligned_empty
-from jquant.io.tokenizer import Tokenizer, tokenizer_from_gguf, tokenizer_from_json
+from jquant.io.tokenizer import Tokenizer, tokenizer_from_json
+from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
 from jquant.models.families import TENSORS, config_from_gguf, config_from_hf, interleaved_to_halves

@@ -40,6 +40,7 @@ SAMPLES = (
     "<|im_start|>user\nHi<|im_end|>\n<|endoftext|> <|im_start <empty_output>",
     "1234567890 12 3 4567",
     "'s 't 'RE 'Ve don'T I'M 'x ''s",
+    "camelCase HTMLParser iPhone's XMLs/n // a/b\n/\n ǅ ªº x\u0301Y\u0301 ท้ Ⅷa",
     " ",
     "\n",
     "",
@@ -48,11 +49,18 @@ SAMPLES = (
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+SIGN, UPPER, LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = (f"{SIGN}{UPPER}*{LOWER}+", f"{SIGN}{UPPER}+{LOWER}*")
+CASED_REST = r"|\p{N}{1,%d}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {  # llama-vocab.cpp, llm_tokenizer_bpe: each cuts the pieces of the one before
     "gpt-2": (GPT2,),
     "smollm": (r"\p{N}", GPT2),
     "llama-bpe": (CONTRACTIONS + REST % 3,),
+    "dbrx": (CONTRACTIONS + REST % 3,),
     "qwen2": (CONTRACTIONS + REST % 1,),
+    "deepseek-r1-qwen": (CONTRACTIONS + REST % 1,),
+    "tekken": ("|".join(CASED) + CASED_REST % 1,),  # the pattern in Mistral's tekken.json
+    "gpt-4o": ("|".join(word + CONTRACTIONS + "?" for word in CASED) + CASED_REST % 3,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 NORMALIZED = ("qwen2",)  # by NFC first, as Qwen's tokenizer.json does

@@ -14,7 +14,9 @@ from tokenizers import models, pre_tokenizers, processors
 
 from jquant.core.errors import InputError
 from jquant.io.gguf import open_gguf
-from jquant.io.tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf, tokenizer_from_json, tokenizer_to_json
+from jquant.io.tokenizer import tokenizer_from_json, tokenizer_to_json
+from jquant.io.tokenizer_bpe import ALIASES, PRE_TOKENIZERS
+from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "tokenizer.json").read_text())
 SAMPLES = GOLDEN["samples"]
@@ -96,6 +98,24 @@ def test_bos():
         without.encode("a", add_bos=True)
 
 
+def test_eos():
+    plain, wants = tokenizer_from_gguf(tiny()), tokenizer_from_gguf(tiny(add_eos_token=True, add_bos_token=True))
+    assert (plain.add_eos, wants.add_eos) == (False, True)
+    assert [list(tokenizer.encode("a")) for tokenizer in (plain, wants)] == [[3], [0, 3, 1]]
+    assert list(plain.encode("a", add_eos=True)) == [3, 1]
+    assert list(wants.encode("a", add_eos=False)) == [0, 3]
+    assert wants.backend.encode("a").ids == [0, 3, 1]  # for others, who read the tokenizer.json made of it
+    with pytest.raises(InputError, match="has no EOS token: use add_eos=False"):
+        tokenizer_from_gguf(tiny(eos_token_id=None)).encode("a", add_eos=True)
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_other_names_of_a_pre_tokenizer(name):
+    fields = {"add_bos_token": None}
+    ours, its = (tokenizer_from_gguf(tiny(pre=pre, **fields)) for pre in (name, ALIASES[name]))
+    assert ours.sha256 == its.sha256
+
+
 def test_all_ends_are_known():
     assert tokenizer_from_gguf(tiny(eot_token_id=2, eom_token_id=1)).eos_ids == (1, 2)
     assert tokenizer_from_gguf(tiny(eos_token_id=None)).eos_ids == ()
@@ -107,8 +127,8 @@ def test_text_that_is_no_unicode():
 
 
 BROKEN = {
-    "model": ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported; .* BPE"),
-    "pre": ({"pre": "unheard-of"}, "pre 'unheard-of' is not known; known: gpt-2, smollm, llama-bpe, qwen2, default"),
+    "model": ({"model": "t5"}, r"tokenizer.ggml.model 't5' is not supported; .* BPE \('gpt2'\) and .* \('llama'\)"),
+    "pre": ({"pre": "unheard-of"}, "pre 'unheard-of' is not known; known: gpt-2, smollm, .*, default, llama3"),
     "no pre": ({"pre": None}, "tokenizer.ggml.pre is missing"),
     "no model": ({"model": None}, "tokenizer.ggml.model is missing"),
     "no tokens": ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
@@ -122,6 +142,7 @@ BROKEN = {
     "negative": ({"eot_token_id": -1}, "eot_token_id is -1"),
     "bos text": ({"bos_token_id": "<s>"}, "bos_token_id is a str, not int"),
     "add_bos": ({"add_bos_token": 1}, "add_bos_token is a int, not bool"),
+    "eos wanted": ({"eos_token_id": None, "add_eos_token": True}, "asks for an EOS token .* defines none"),
     "bos wanted": ({"bos_token_id": None, "add_bos_token": True}, "asks for a BOS token .* defines none"),
 }
 
@@ -136,7 +157,8 @@ def test_what_is_wrong_with_metadata_is_named(case):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"pre": "llama-bpe", "add_bos_token": True}, {"pre": "qwen2", "eot_token_id": 2}]
+    "changes",
+    [{}, {"pre": "llama-bpe", "add_bos_token": True}, {"pre": "qwen2", "eot_token_id": 2}, {"add_eos_token": True}],
 )
 def test_written_and_read_it_is_the_same(tmp_path, changes):
     tokenizer = tokenizer_from_gguf(tiny(**changes))
@@ -144,6 +166,7 @@ def test_written_and_read_it_is_the_same(tmp_path, changes):
     for path in (tmp_path / "new", tmp_path / "new" / "tokenizer.json"):
         back = tokenizer_from_json(path)
         assert (back.bos_id, back.eos_ids, back.add_bos) == (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos)
+        assert back.add_eos == tokenizer.add_eos
         assert back.sha256 == tokenizer.sha256
         np.testing.assert_array_equal(back.encode("<s>ab abc 42!"), tokenizer.encode("<s>ab abc 42!"))
 
@@ -162,6 +185,7 @@ def test_the_fingerprint_tells_tokenizers_apart():
         {"merges": ["a b"]},
         {"eos_token_id": 2},
         {"add_bos_token": True},
+        {"add_eos_token": True},
         {"token_type": np.array([3, 3, 3, *[1] * 11])},
     ]
     prints = [tokenizer_from_gguf(tiny(**change)).sha256 for change in changes]
@@ -221,6 +245,7 @@ BROKEN_FILES = {
     "bos": ({"tokenizer_config": {"bos_token": "<z>"}}, "tokenizer_config.json: bos_token is '<z>', which is no token"),
     "bos number": ({"tokenizer_config": {"bos_token": 1}}, "bos_token is '1', which is no token"),
     "add_bos": ({"tokenizer_config": {"add_bos_token": "yes"}}, "add_bos_token is 'yes'; expected true or false"),
+    "add_eos": ({"tokenizer_config": {"add_eos_token": 1}}, "add_eos_token is '1'; expected true or false"),
     "eos text": (
         {"generation_config": {"eos_token_id": ["a"]}},
         r"generation_config.json: eos_token_id is .* expected",

@@ -1,0 +1,151 @@
+"""SentencePiece's BPE from GGUF metadata (`tokenizer.ggml.model` "llama": Llama 2, Mistral, Mixtral, Gemma, Phi-3).
+
+The file holds tokens with scores and no merges. Of all neighbours whose joined text is a token, SentencePiece joins
+those whose token has the highest score, the leftmost of equals. Here the same order is a list of merges: for each
+token, highest score first, every way to make it of two others.
+
+Where text and tokens meet, as SentencePiece has it: a space is "▁"; a text starts with one more of them where
+`add_space_prefix` says so; a character that is no token becomes the tokens of its UTF-8 bytes. Control tokens, which
+SentencePiece never finds in a text, are found here, and a text goes on after one as a new text would: so do Llama 2's
+own tokenizer.json and llama.cpp.
+
+Reference: Kudo and Richardson, "SentencePiece", 2018; llama.cpp's llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+
+from jquant.core.errors import InputError
+from jquant.io.tokenizer_bpe import merging_backend
+from jquant.io.tokenizer_fields import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Fields, Vocabulary, read_vocabulary
+
+SPACE = "▁"
+BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+# llama.cpp's list too: a GGUF cannot say that Phi-3's special tokens swallow the blanks after them.
+STRIPPING_ARCHITECTURES = ("phi3",)
+NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+
+
+def spm_backend(fields: Fields) -> tuple[tokenizers.Tokenizer, bool]:
+    """The SentencePiece tokenizer that the fields describe, and True: BOS comes first where they do not say.
+
+    Raises:
+        InputError: the fields are missing or contradict, or ask for what is not supported.
+    """
+    _refuse_unsupported(fields)
+    vocabulary = _with_plain_spaces(read_vocabulary(fields))
+    backend = merging_backend(
+        fields,
+        vocabulary,
+        _merges(vocabulary, _scores(fields)),
+        byte_fallback=_has_bytes(vocabulary),
+        unk_token=_unknown(fields, vocabulary),
+        fuse_unk=True,
+    )
+    prefix = fields.get("add_space_prefix", bool, True)
+    backend.normalizer = normalizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
+    )
+    backend.pre_tokenizer = _words(vocabulary)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", left=1, right=0)] if prefix else [])
+    )
+    backend.add_tokens(_added_tokens(fields, vocabulary, prefix=prefix))
+    return backend, True
+
+
+def _added_tokens(fields: Fields, vocabulary: Vocabulary, *, prefix: bool) -> list[AddedToken]:
+    """The tokens that a text is searched for before anything is merged; the longest that starts first is taken.
+
+    SentencePiece finds the user's own tokens in the text with its spaces written "▁". With a space before the text that
+    search would find no token but at a start, so there it is the plain text's; they differ where it has a "▁" itself.
+    """
+    stripping = fields.architecture in STRIPPING_ARCHITECTURES
+    special = [
+        AddedToken(token, special=True, normalized=False, rstrip=stripping and token not in NOT_STRIPPING)
+        for token in vocabulary.of_kind(UNKNOWN, CONTROL)
+    ]
+    user_defined = vocabulary.of_kind(USER_DEFINED)
+    return special + [AddedToken(token, special=False, normalized=not prefix) for token in user_defined]
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    """Normalisation that no model of these families asks for, and that would change ids silently if left out."""
+    if fields.get("remove_extra_whitespaces", bool, False) or len(fields.get("precompiled_charsmap", np.ndarray, ())):
+        raise InputError(
+            f"{fields.source}: its SentencePiece model normalises text (remove_extra_whitespaces or "
+            "precompiled_charsmap), which is not supported"
+        )
+
+
+def _with_plain_spaces(vocabulary: Vocabulary) -> Vocabulary:
+    """User-defined tokens are searched for in the text itself, where a space is a space: "▁▁" is written "  ".
+
+    Newer converters write them so already.
+    """
+    tokens = list(vocabulary.tokens)
+    for number in np.flatnonzero(vocabulary.kinds == USER_DEFINED):
+        plain = tokens[number].replace(SPACE, " ")
+        if plain not in vocabulary.index:
+            tokens[number] = plain
+    index = {token: number for number, token in enumerate(tokens)}
+    return Vocabulary(tokens=tokens, kinds=vocabulary.kinds, index=index)
+
+
+def _scores(fields: Fields) -> np.ndarray:
+    scores = fields.per_token("scores")
+    if not np.isfinite(scores).all():
+        number = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise InputError(f"{fields.source}: tokenizer.ggml.scores holds {scores[number]} for token {number}")
+    return scores
+
+
+def _merges(vocabulary: Vocabulary, scores: np.ndarray) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, by falling score of the token made.
+
+    Only normal tokens take part: the others are found in the text before, or stand for single bytes.
+    """
+    normal = np.flatnonzero(vocabulary.kinds == NORMAL)
+    by_score = normal[np.argsort(-scores[normal], kind="stable")].tolist()
+    known = {vocabulary.tokens[number] for number in by_score}
+    merges = []
+    for number in by_score:
+        token = vocabulary.tokens[number]
+        for cut in range(1, len(token)):
+            # Most beginnings are no token: the end is looked up only where the beginning is one.
+            if (left := token[:cut]) in known and (right := token[cut:]) in known:
+                merges.append((left, right))
+    return merges
+
+
+def _has_bytes(vocabulary: Vocabulary) -> bool:
+    return set(vocabulary.of_kind(BYTE)) >= BYTE_TOKENS
+
+
+def _unknown(fields: Fields, vocabulary: Vocabulary) -> str | None:
+    """The token for what is neither a token nor, where there are byte tokens, bytes."""
+    number = fields.token_id("unknown_token_id")
+    unknown = vocabulary.of_kind(UNKNOWN) if number is None else [vocabulary.tokens[number]]
+    if not unknown and not _has_bytes(vocabulary):
+        raise InputError(
+            f"{fields.source}: its vocabulary has neither an unknown token nor all byte tokens <0x00> to <0xFF>: "
+            "there are texts it cannot encode"
+        )
+    return unknown[0] if unknown else None
+
+
+def _words(vocabulary: Vocabulary) -> pre_tokenizers.PreTokenizer:
+    """Cuts before a "▁" wherever no token crosses, which changes no merge and lets words be merged once and remembered.
+
+    A token may hold "▁" after another character (Gemma's ">▁</"): there nothing is cut.
+    """
+    inside = (token for token in vocabulary.of_kind(NORMAL) if SPACE in token[1:])
+    crossing = {before for token in inside for before in re.findall(f"[^{SPACE}](?={SPACE})", token)}
+    kept = re.escape("".join(sorted(crossing)))
+    return pre_tokenizers.Split(Regex(f"(?<=[^{SPACE}{kept}])(?={SPACE})"), behavior="isolated")
