@@ -1,13 +1,14 @@
 """A checkpoint folder as Hugging Face lays it out: config.json beside one safetensors file or an index of several.
 
 What a folder may reach: an index names files by plain relative paths. A weight file may be a symbolic link only to a
-file of the same folder, or, in the Hub's cache (`REPO/snapshots/REVISION`), to a file of `REPO/blobs`. Pickled weights
-are never opened.
+file of the same folder, or, in the Hub's cache (`CACHE/REPO/snapshots/REVISION`), to a file of `CACHE/REPO/blobs` or of
+`CACHE/blobs/XX`, which its repositories share. Pickled weights are never opened.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -21,6 +22,7 @@ from jquant.io.safetensors import SafetensorsFile, open_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHARED_BLOB = re.compile("[0-9a-f]{64}")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -104,10 +106,20 @@ def _inside(folder: Path, name: str, source: Path) -> Path:
         root, target = folder.resolve(), (folder / pure).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise InputError(f"{source}: names {shown(name)}, which cannot be found: download it again") from error
-    in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-    if not target.is_relative_to(root) and not in_cache:
+    if not target.is_relative_to(root) and not _in_hub_cache(root, target):
         raise InputError(f"{source}: {shown(name)} is a link to {target}, outside the folder: copy the file there")
     return folder / pure
+
+
+def _in_hub_cache(snapshot: Path, target: Path) -> bool:
+    """Whether `target` is a blob of the repository whose snapshot the folder is, or one that repositories share."""
+    if snapshot.parent.name != "snapshots":
+        return False
+    repository = snapshot.parent.parent
+    shared = repository.parent / "blobs" / target.name[:2] / target.name
+    return target.parent == repository / "blobs" or (
+        target == shared and _SHARED_BLOB.fullmatch(target.name) is not None
+    )
 
 
 def _no_weights(folder: Path) -> InputError:

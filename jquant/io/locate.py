@@ -61,8 +61,9 @@ def _demo() -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     """The folder of the repository's snapshot in the Hub's cache, downloaded where it is not there yet."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    offline = constants.HF_HUB_OFFLINE
     what = f"model {repo!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         folder = huggingface_hub.snapshot_download(
@@ -79,10 +80,16 @@ def _download(repo: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{what}: the Hub's repository has no such revision: give a branch, tag or commit") from error
     except errors.LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{what}: is neither a path nor in the cache, and the Hub cannot be reached: check the network"
-        ) from error
+        part = type(error).__name__ == "IncompleteSnapshotError"  # which older versions lack
+        found = "only a part of it is in the cache" if part else "is neither a path nor in the cache"
+        hindrance = "HF_HUB_OFFLINE is set: unset it" if offline else "the Hub cannot be reached: check the network"
+        raise InputError(f"{what}: {found}, and {hindrance}") from error
     except Exception as error:  # whatever HTTP client the installed version uses raises its own
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{what}: could not be downloaded from the Hub: {type(error).__name__}: {reason}") from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise InputError(
+            f"{what}: the Hub's repository holds no *.safetensors at its top: pickled weights (.bin, .pt), which may "
+            "run code, are not read; of a repository of GGUF files, download one and give its path"
+        )
     return Path(folder)

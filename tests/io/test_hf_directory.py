@@ -98,6 +98,23 @@ def test_the_cache_of_the_hub_may_link_to_its_blobs_and_nothing_else(tmp_path):
         open_hf_directory(snapshot)
 
 
+def test_the_cache_of_the_hub_may_link_to_the_blobs_that_repositories_share(tmp_path):
+    """A file of the Hub's Xet storage is a link to REPO/blobs/ETAG, itself a link to CACHE/blobs/XX/HASH."""
+    snapshot, name = tmp_path / "models--owner--name" / "snapshots" / "0123", "ab" * 32
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parent.parent / "blobs").mkdir()
+    (snapshot.parent.parent / "blobs" / "etag").symlink_to(f"../../blobs/ab/{name}")
+    (snapshot / SINGLE).symlink_to("../../blobs/etag")
+    write_safetensors(tmp_path / "blobs" / "ab" / name, {"a": A})
+    np.testing.assert_array_equal(open_hf_directory(snapshot).read("a"), A)
+    write_safetensors(tmp_path / "blobs" / "ab" / "other", {"a": A})
+    (snapshot / SINGLE).unlink()
+    (snapshot / SINGLE).symlink_to("../../../blobs/ab/other")
+    with pytest.raises(InputError, match="outside the folder"):
+        open_hf_directory(snapshot)
+
+
 def _no_map(folder: Path) -> None:
     (folder / INDEX).write_text('{"weight_map": {"a": 1}}')
 

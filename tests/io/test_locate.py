@@ -71,6 +71,7 @@ def test_what_model_may_be(model):
 )
 def test_a_hub_id_is_downloaded_without_pickles(monkeypatch, tmp_path, model, revision):
     calls = []
+    (tmp_path / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda repo, **kw: calls.append((repo, kw)) or str(tmp_path)
     )
@@ -123,7 +124,7 @@ def test_a_failed_download_is_one_line(monkeypatch, case):
 
 def test_neither_the_hub_nor_jax_is_imported_before_it_is_needed():
     """`jquant inspect` and `jquant --help` stay quick."""
-    rooms = "gguf, safetensors, hf_directory, locate, tokenizer, inspect"
+    rooms = "gguf, safetensors, hf_directory, locate, tokenizer_gguf, inspect"
     code = f"import sys; from jquant.io import {rooms}; print(*({{'jax', 'huggingface_hub'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
