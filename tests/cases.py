@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jquant.core.formats import ELEMENTS
+from jquant.core.formats import ELEMENTS, GGML_BLOCKS
 from jquant.core.scheme import PRESETS
 
 CODEBOOKS = (
@@ -11,6 +11,9 @@ CODEBOOKS = (
     f"codebook({'/'.join(str((i - 19) / 20) for i in range(40))}):g32",
     f"codebook({'/'.join(str((i - 127) / 128) for i in range(256))}):channel",
 )
+
+# ggml's block types have no codes and scales of their own: laws about these are not about them.
+BLOCK_SCHEMES = tuple(GGML_BLOCKS)
 
 # Every element alone; then every granularity, scale format and convention on elements where it matters.
 SCHEMES = (
@@ -30,4 +33,5 @@ SCHEMES = (
     "int4:tensor:e4m3",
     "fp6_e2m3:g16:nested",
     *CODEBOOKS,
+    *BLOCK_SCHEMES,
 )

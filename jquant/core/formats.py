@@ -1,4 +1,4 @@
-"""Element formats: what one code can stand for. `Int`, `Float`, `Codebook`, and the named ones.
+"""Element formats: what one code can stand for. `Int`, `Float`, `Codebook`, and the named ones; ggml's block types.
 
 An element format works on values already divided by their scale. Each has `bits`, `levels()` (every value, ascending),
 `reach` (the value that the largest magnitude of a group is scaled to), and five array functions:
@@ -11,6 +11,8 @@ An element format works on values already divided by their scale. Each has `bits
 
 Codes are the format's own bit patterns: offset binary for integers (code = value + 2**(bits−1)), sign and magnitude
 for floats, the index for codebooks.
+
+A `GGMLBlock` is no element: its weights are encoded a block at a time, scales among them (ggml_encode, ggml_decode).
 """
 
 from __future__ import annotations
@@ -82,9 +84,9 @@ class Int:
     def encode(self, y: Float32[Array, "..."], zero_point: Array | None = None) -> UInt8[Array, "..."]:
         """Codes clip(round(y) + z, lowest, highest); z is the offset where no zero point is given."""
         if zero_point is not None:
-            return _code_of_whole_float(self._clipped(y, zero_point))
+            return code_of_whole_float(self._clipped(y, zero_point))
         # Clipped to whole bounds first, the sum below does the rounding too: half the operations.
-        return _code_of_whole_float(
+        return code_of_whole_float(
             jnp.clip(y, self.lowest_code - self.offset, self.highest_code - self.offset), self.offset
         )
 
@@ -234,7 +236,7 @@ class Codebook:
         levels = self.levels()
         if len(levels) > _SELECT_TREE_LEVELS:
             return jnp.asarray(levels)[codes]
-        return _select_by_bits(codes, np.pad(levels, (0, 2**self.bits - len(levels)), mode="edge"), self.bits)
+        return select_by_bits(codes, np.pad(levels, (0, 2**self.bits - len(levels)), mode="edge"), self.bits)
 
     def round(self, y: Float32[Array, "..."]) -> Float32[Array, "..."]:
         return self._nearest(y, self.levels())
@@ -251,10 +253,60 @@ class Codebook:
         midpoints = self.midpoints()
         if len(outcomes) > _SELECT_TREE_LEVELS:
             return jnp.asarray(outcomes)[jnp.searchsorted(jnp.asarray(midpoints), y, side="left")]
-        return _select_by_order(y, midpoints, outcomes)
+        return select_by_order(y, midpoints, outcomes)
 
 
-Element = Int | Float | Codebook
+@dataclass(frozen=True)
+class GGMLBlock:
+    """A block type of ggml, as GGUF files hold it: `elements` neighbours of a row in `nbytes` bytes, scales included.
+
+    Its `levels` are what codes stand for, times the scale of their sub-block; it has no functions of single values.
+    """
+
+    name: str
+    elements: int
+    nbytes: int
+    bits: int  # of a code
+    values: tuple[float, ...]  # ascending
+    halves: tuple[int, ...] = ()  # where in the block its float16 scale, and its minimum where there is one, begin
+    takes_importance: bool = True  # as ggml's own encoder does
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.elements
+
+    @property
+    def reach(self) -> float:
+        return max(abs(value) for value in self.values)
+
+    @property
+    def symmetric(self) -> bool:
+        return all(a == -b for a, b in zip(self.values, reversed(self.values), strict=True))
+
+    def levels(self) -> np.ndarray:
+        return np.asarray(self.values, np.float32)
+
+    def encode(self, y: Array) -> Array:
+        raise self._refusal()
+
+    def decode(self, codes: Array) -> Array:
+        raise self._refusal()
+
+    def round(self, y: Array) -> Array:
+        raise self._refusal()
+
+    def in_range(self, y: Array) -> Array:
+        raise self._refusal()
+
+    def _refusal(self) -> InputError:
+        return InputError(f"{self.name} stores whole blocks, not single codes: use quantize, dequantize, fake_quantize")
+
+
+Element = Int | Float | Codebook | GGMLBlock
+
+# Levels of IQ4_NL (`kvalues_iq4nl` in ggml-common.h), and twice those of e2m1 in the order of their codes.
+IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 # Levels of NF4: bitsandbytes, csrc/kernels.cu; equal-probability quantiles of N(0, 1) (Dettmers et al., 2305.14314, E).
 NF4 = Codebook(
@@ -297,8 +349,30 @@ ELEMENTS: dict[str, Element] = {
     "nf4": NF4,
 }
 
+_E2M1 = tuple(sorted({value / 2 for value in DOUBLED_E2M1}))
 
-def _code_of_whole_float(value: Array, offset: int = 0) -> Array:
+# Sizes: ggml-common.h. MXFP4 and NVFP4 carry ggml's name, as OCP's and NVIDIA's own layouts are schemes too.
+GGML_BLOCKS = {
+    block.name: block
+    for block in (
+        GGMLBlock("q4_0", 32, 18, 4, tuple(range(-8, 8)), (0,)),
+        GGMLBlock("q4_1", 32, 20, 4, tuple(range(16)), (0, 2)),
+        GGMLBlock("q5_0", 32, 22, 5, tuple(range(-16, 16)), (0,)),
+        GGMLBlock("q5_1", 32, 24, 5, tuple(range(32)), (0, 2)),
+        GGMLBlock("q8_0", 32, 34, 8, tuple(range(-127, 128)), (0,), takes_importance=False),
+        GGMLBlock("q2_k", 256, 84, 2, tuple(range(4)), (80, 82)),
+        GGMLBlock("q3_k", 256, 110, 3, tuple(range(-4, 4)), (108,)),
+        GGMLBlock("q4_k", 256, 144, 4, tuple(range(16)), (0, 2)),
+        GGMLBlock("q5_k", 256, 176, 5, tuple(range(32)), (0, 2)),
+        GGMLBlock("q6_k", 256, 210, 6, tuple(range(-32, 32)), (208,)),
+        GGMLBlock("iq4_nl", 32, 18, 4, IQ4_NL_LEVELS, (0,)),
+        GGMLBlock("ggml_mxfp4", 32, 17, 4, _E2M1, takes_importance=False),
+        GGMLBlock("ggml_nvfp4", 64, 36, 4, _E2M1, takes_importance=False),
+    )
+}
+
+
+def code_of_whole_float(value: Array, offset: int = 0) -> Array:
     """uint8 of round(value) + offset in [0, 255], half to even, for an even offset."""
     return jax.lax.platform_dependent(
         value, cpu=partial(_code_by_mantissa, offset=offset), default=partial(_code_by_cast, offset=offset)
@@ -332,25 +406,25 @@ def _power_of_two(exponent: Array) -> Array:
     return _float_of_bits((exponent + 127) << 23)
 
 
-def _select_by_order(y: Array, midpoints: np.ndarray, outcomes: np.ndarray) -> Array:
+def select_by_order(y: Array, midpoints: np.ndarray, outcomes: np.ndarray) -> Array:
     """outcomes[number of midpoints below y], as a balanced tree of selects: it vectorizes where a search does not."""
     if len(outcomes) == 1:
         return jnp.full(y.shape, outcomes[0])
     half = len(outcomes) // 2
     return jnp.where(
         y > midpoints[half - 1],
-        _select_by_order(y, midpoints[half:], outcomes[half:]),
-        _select_by_order(y, midpoints[: half - 1], outcomes[:half]),
+        select_by_order(y, midpoints[half:], outcomes[half:]),
+        select_by_order(y, midpoints[: half - 1], outcomes[:half]),
     )
 
 
-def _select_by_bits(codes: Array, outcomes: np.ndarray, bits: int) -> Array:
+def select_by_bits(codes: Array, outcomes: np.ndarray, bits: int) -> Array:
     """outcomes[codes] as a tree of selects on the bits of the code, the highest first."""
     if bits == 0:
         return jnp.full(codes.shape, outcomes[0])
     half = len(outcomes) // 2
     return jnp.where(
         (codes >> (bits - 1)) & 1 == 1,
-        _select_by_bits(codes, outcomes[half:], bits - 1),
-        _select_by_bits(codes, outcomes[:half], bits - 1),
+        select_by_bits(codes, outcomes[half:], bits - 1),
+        select_by_bits(codes, outcomes[:half], bits - 1),
     )

@@ -12,7 +12,7 @@ scale instead). Subnormal numbers must not matter, because some backends flush t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jquant.core.division import exact_divide, exact_ratio
-from jquant.core.formats import FLOATS, Codebook, Element, Float
+from jquant.core.formats import FLOATS, Codebook, Element, Float, Int
 
 _SMALLEST_SCALE = np.float32(2.0**-124)
 _SMALLEST_PEAK = np.float32(2.0**-112)  # below it 448 · reach / peak would overflow
@@ -35,6 +35,10 @@ class StoredScale(NamedTuple):
     scale: Array
     scale2: Array | None = None
     offset: Array | None = None
+
+
+# What a block type of ggml has in its place: its scales lie inside the blocks.
+IN_BLOCKS = StoredScale(cast("Array", None))
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class PowerOfTwoScale:
         return 8
 
     def target(self, absmax: Float32[Array, "..."], element: Element) -> Float32[Array, "..."]:
-        assert not isinstance(element, Codebook), "Scheme refuses this pair"
+        assert isinstance(element, Int | Float), "Scheme refuses others"
         if self.mode == "rceil":
             exponent = _ceil_log2(exact_divide(absmax, _largest(element)))
         elif self.mode == "ceil":

@@ -5,6 +5,7 @@ Spec strings are parsed here, once, at the edge; `str(scheme)` gives the shortes
     ELEMENT[:GRANULARITY][:asym|restricted][:SCALE]          int4:g128   int4:g64:asym:bf16   fp8_e4m3:channel
     a preset with its own defaults                           mxfp4   mxfp8_e5m2:rceil   nvfp4   nf4:g64:dq
     a codebook of your own, levels ascending                 codebook(-1/-0.3/0/0.3/1):g32
+    a block type of GGUF, which takes no parts               q4_0   q4_k   iq4_nl   ggml_mxfp4
 
 GRANULARITY: tensor, channel, token, gN (N along the input axis), bRxC (R outputs × C inputs).
 SCALE: fp32 (default), bf16, fp16, e4m3, nested (e4m3 × fp32), dq (8-bit), e8m0 and its modes floor, even, ceil, rceil.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jquant.core.errors import InputError
-from jquant.core.formats import ELEMENTS, Codebook, Element, Int
+from jquant.core.formats import ELEMENTS, GGML_BLOCKS, Codebook, Element, GGMLBlock, Int
 from jquant.core.scales import DoubleQuantizedScale, FloatScale, NestedScale, PowerOfTwoScale, ScaleFormat
 
 
@@ -106,6 +107,8 @@ class Scheme:
 
     `zero_point="integer"` makes an integer element asymmetric (SPEC 1): the range of a group, always including 0, is
     spread over codes 0 … 2^b−1, and one code stands for zero.
+
+    With a block type of ggml as its element, scales and zero points lie inside the blocks, and `scale` is unused.
     """
 
     element: Element
@@ -114,6 +117,11 @@ class Scheme:
     zero_point: Literal["none", "integer"] = "none"
 
     def __post_init__(self) -> None:
+        if isinstance(self.element, GGMLBlock):
+            whole = Group(self.element.elements), FloatScale(), "none"
+            if (self.granularity, self.scale, self.zero_point) != whole:
+                raise InputError(f"{self.element.name} fixes its blocks and scales: it takes no other parts; drop them")
+            return
         if self.zero_point == "integer" and not isinstance(self.element, Int):
             raise InputError(f"{self.element.name} with a zero point: only int2 … int8 can be asymmetric; drop `asym`")
         if self.zero_point == "integer" and not isinstance(self.scale, FloatScale):
@@ -124,11 +132,22 @@ class Scheme:
             raise InputError(f"{self.element.name} with e8m0 scales: a codebook has no exponent; use a float scale")
 
     @property
+    def block(self) -> GGMLBlock | None:
+        """The block type of ggml that it is; None where elements have codes and scales of their own."""
+        return self.element if isinstance(self.element, GGMLBlock) else None
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that share a scale. Raises InputError where they exceed the matrix and cannot be padded."""
+        return (1, self.block.elements) if self.block is not None else self.granularity.tile(rows, columns)
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits an element takes at rest with its scales and zero points, in the limit of a large matrix.
 
         `core.qtensor.stored_bytes` counts one of a given shape, padding included.
         """
+        if self.block is not None:
+            return self.block.bits_per_weight
         bits = float(self.element.bits)
         if isinstance(self.granularity, Group | Block):
             rows, columns = self.granularity.tile(1 << 30, 1 << 30)
@@ -150,6 +169,8 @@ def scheme(spec: str | Scheme) -> Scheme:
         return spec
     head, *tokens = spec.strip().split(":")
     element, granularity, scale = _head(head, spec)
+    if tokens and isinstance(element, GGMLBlock):
+        raise InputError(f"scheme {spec!r}: {head} fixes its blocks and scales: drop {':'.join(tokens)!r}")
     zero_point: Literal["none", "integer"] = "none"
     seen: dict[str, str] = {}
     for token in tokens:
@@ -212,13 +233,15 @@ _CODEBOOK = re.compile(r"codebook\((.*)\)")
 
 def scheme_names() -> list[str]:
     """Every word a spec string can begin with."""
-    return [*ELEMENTS, *(name for name in PRESETS if name not in ELEMENTS), *_ALIASES, "codebook(…)"]
+    return [*ELEMENTS, *(name for name in PRESETS if name not in ELEMENTS), *GGML_BLOCKS, *_ALIASES, "codebook(…)"]
 
 
 def _head(head: str, spec: str) -> tuple[Element, Granularity, ScaleFormat]:
     name = _ALIASES.get(head, head)
     if name in PRESETS:
         return PRESETS[name]
+    if name in GGML_BLOCKS:
+        return GGML_BLOCKS[name], Group(GGML_BLOCKS[name].elements), FloatScale()
     if name in ELEMENTS:
         return ELEMENTS[name], _DEFAULT_GRANULARITY.get(name, Channel()), FloatScale()
     if match := _CODEBOOK.fullmatch(name):
@@ -253,6 +276,8 @@ def _granularity(token: str) -> Granularity:
 
 def _spell(spec: Scheme) -> str:
     element = spec.element
+    if isinstance(element, GGMLBlock):
+        return element.name
     for name, (preset, granularity, scale) in PRESETS.items():
         if element == preset and type(spec.granularity) is type(granularity) and type(spec.scale) is type(scale):
             head, parts = name, [] if spec.granularity == granularity else [str(spec.granularity)]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jquant.core.division import exact_ratio
+from jquant.core.ggml_rows import decode_rows, encode_rows
 from jquant.core.qtensor import _check_input, _integer, choose_parameters, from_tiles, spread, to_tiles
 from jquant.core.scheme import Scheme
 
@@ -48,6 +49,9 @@ def _fake_quantize(scheme: Scheme, gradient: GradientRule, x: Array) -> Array:
 
 
 def _forward(scheme: Scheme, gradient: GradientRule, x: Array) -> tuple[Array, Array]:
+    if scheme.block is not None:  # scales follow from the values: nothing to speak of is clipped
+        value = decode_rows(encode_rows(x.astype(jnp.float32), scheme.block), scheme.block, x.shape[-1])
+        return value.astype(x.dtype), jnp.ones(x.shape, bool)
     tiles = to_tiles(x.astype(jnp.float32), scheme)
     parameters = choose_parameters(tiles, scheme)
     y = exact_ratio(tiles, spread(parameters.scale))

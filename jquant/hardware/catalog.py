@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from jquant.core.formats import ELEMENTS, Codebook, Element, Float, Int
+from jquant.core.formats import ELEMENTS, GGML_BLOCKS, Codebook, Element, Float, Int
 from jquant.core.scheme import PRESETS, Scheme, scheme
 
 PTX = "NVIDIA PTX ISA 9, mma and tcgen05.mma operand types"
@@ -33,6 +33,7 @@ NVFP4_SOURCE = "NVIDIA, Introducing NVFP4, 2025; compressed-tensors 0.20"
 QLORA = "Dettmers et al., QLoRA, arXiv 2305.14314"
 BFLOAT16 = "Google Cloud TPU: the bfloat16 numerical format; ml_dtypes 0.6"
 INT_SOURCE = "Jacob et al., arXiv 1712.05877; compressed-tensors 0.20"
+GGML = "ggml: ggml-common.h and docs/gguf.md, 2025"
 
 _BLACKWELL = "NVIDIA Blackwell"
 _INT8 = ("NVIDIA Turing+", "AMD MI100+", "Intel VNNI/AMX", "Arm i8mm", "TPU v5e, v6e")
@@ -60,10 +61,11 @@ class FormatEntry:
 
 
 def catalog() -> list[FormatEntry]:
-    """The wide floats that weights come in, all element formats, then the block formats made of them."""
+    """The wide floats that weights come in, all element formats, the block formats made of them, then ggml's."""
     elements = [_entry(name, element, _example(name)) for name, element in ELEMENTS.items()]
     blocks = [_entry(name, preset[0], scheme(name), kind="block format") for name, preset in PRESETS.items()]
-    return [*_wide_floats(), *elements, *blocks, _entry("nf4:dq", ELEMENTS["nf4"], scheme("nf4:g64:dq"))]
+    ggml = [_entry(name, block, scheme(name), kind="block format") for name, block in GGML_BLOCKS.items()]
+    return [*_wide_floats(), *elements, *blocks, _entry("nf4:dq", ELEMENTS["nf4"], scheme("nf4:g64:dq")), *ggml]
 
 
 def render(entries: list[FormatEntry]) -> RenderableType:
@@ -189,4 +191,5 @@ _FACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mxfp8_e5m2": (_MX_NATIVE, (OCP_MX, PTX, CDNA4)),
     "mxint8": ((), (OCP_MX,)),
     "nvfp4": ((_BLACKWELL,), (NVFP4_SOURCE, PTX)),
+    **dict.fromkeys(GGML_BLOCKS, ((), (GGML,))),
 }

@@ -25,7 +25,7 @@ from jquant.evaluation.result import Perplexity
 from jquant.evaluation.scoring import Reference, evaluate
 from jquant.models.decoder import Decoder
 from jquant.models.save import model_bytes
-from jquant.nn.linear import Linear
+from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.surgery import module_at
 from jquant.sweep.results import Cell
 
@@ -38,7 +38,7 @@ class Subject:
     """What all cells share: the float model, the layers to quantize, the windows, and the reference on them."""
 
     model: Decoder
-    layers: dict[str, Linear]
+    layers: dict[str, Linear | ExpertLinear]
     windows: Windows
     reference: Reference
 
@@ -47,7 +47,7 @@ def measure(subject: Subject, scheme: Scheme, cell_id: str, *, progress: Callabl
     """Runs one cell by rounding to nearest."""
     started = time.perf_counter()
     model = _share(subject.model)
-    sums = _round_in_place([cast(Linear, module_at(model, path)) for path in subject.layers], scheme)
+    sums = _round_in_place([cast(Linear | ExpertLinear, module_at(model, path)) for path in subject.layers], scheme)
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     quantized = time.perf_counter()
     found = evaluate(
@@ -115,18 +115,18 @@ def reference_cell(subject: Subject, perplexity: Perplexity, cell_id: str, secon
     )
 
 
-def check_fits(layers: dict[str, Linear], schemes: Sequence[Scheme]) -> None:
+def check_fits(layers: dict[str, Linear | ExpertLinear], schemes: Sequence[Scheme]) -> None:
     """Raises InputError naming scheme and layer where a scheme does not fit; nothing is computed."""
     shapes = {layer.weight.get_value().shape: path for path, layer in reversed(layers.items())}
     for scheme in schemes:
         for shape, path in shapes.items():
             try:
-                scheme.granularity.tile(*shape[-2:])
+                scheme.tile(*shape[-2:])
             except InputError as error:
                 raise InputError(f"scheme {scheme} on layer {path}: {error}") from error
 
 
-def _round_in_place(layers: list[Linear], scheme: Scheme) -> list[ErrorSums]:
+def _round_in_place(layers: Sequence[Linear | ExpertLinear], scheme: Scheme) -> list[ErrorSums]:
     """Replaces each weight by its quantized value: one compilation a scheme and shape."""
     sums = []
     for layer in layers:

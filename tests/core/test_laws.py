@@ -17,9 +17,10 @@ from jquant.core.qtensor import dequantize, from_tiles, quantize, spread, stored
 from jquant.core.scales import DoubleQuantizedScale, NestedScale
 from jquant.core.scheme import Tensor, scheme
 from jquant.core.ste import clipped_ste, fake_quantize, ste
-from tests.cases import SCHEMES
+from tests.cases import BLOCK_SCHEMES, SCHEMES
 
 ROWS, COLUMNS = 24, 160
+WITH_SCALES = tuple(spec for spec in SCHEMES if spec not in BLOCK_SCHEMES)
 _quantize = jax.jit(quantize, static_argnames="scheme")
 _dequantize = jax.jit(dequantize)
 _fake = jax.jit(fake_quantize, static_argnames=("scheme", "gradient"))
@@ -86,7 +87,7 @@ def test_bytes_reported_are_bytes_held(spec: str) -> None:
         )
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SCHEMES if not spec.startswith("codebook") and ":dq" not in spec])
+@pytest.mark.parametrize("spec", [s for s in WITH_SCALES if not s.startswith("codebook") and ":dq" not in s])
 def test_error_within_half_a_local_step(spec: str) -> None:
     """In scaled units, what is inside the levels' range moves to the nearest level: by half the gap at most."""
     x, parsed = _weights(ROWS, COLUMNS), scheme(spec)
@@ -116,7 +117,7 @@ def _per_element(per_tile: jax.Array, parsed: object, shape: tuple[int, ...]) ->
     return from_tiles(jnp.broadcast_to(spread(per_tile), tiles.shape), (shape[-2], shape[-1]))
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", WITH_SCALES)
 def test_idempotent_given_the_scales(spec: str) -> None:
     parsed = scheme(spec)
     if isinstance(parsed.scale, DoubleQuantizedScale):
@@ -187,14 +188,17 @@ def test_zero_tiny_and_huge_groups_stay_finite(spec: str) -> None:
         assert np.all(value[8:] == 0)
         zeros = _quantize(jnp.zeros((ROWS, COLUMNS)), scheme=parsed)
         assert np.all(np.asarray(_dequantize(zeros)) == 0)
-        if not isinstance(parsed.scale, DoubleQuantizedScale):
+        if spec in WITH_SCALES and not isinstance(parsed.scale, DoubleQuantizedScale):
             assert np.all(np.asarray(zeros.scales()) == 1)
     gradient = jax.grad(lambda x: fake_quantize(x, parsed).sum())(jnp.asarray(x))
     assert np.all(np.isfinite(gradient))
 
 
+_SEEN = ("int4:g32", "int4:g32:asym", "mxfp4", "nvfp4", "nf4:g32", "fp8_e4m3", "nf4:g64:dq")
+
+
 @pytest.mark.parametrize("bad", [np.inf, -np.inf])
-@pytest.mark.parametrize("spec", ["int4:g32", "int4:g32:asym", "mxfp4", "nvfp4", "nf4:g32", "fp8_e4m3", "nf4:g64:dq"])
+@pytest.mark.parametrize("spec", [*_SEEN, "q4_0", "q8_0", "q4_k", "q6_k", "iq4_nl"])
 def test_an_infinity_is_not_hidden(spec: str, bad: float) -> None:
     x = _weights(ROWS, COLUMNS).at[7, 40].set(bad)
     assert not np.all(np.isfinite(np.asarray(dequantize(quantize(x, scheme(spec))))))
