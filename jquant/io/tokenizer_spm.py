@@ -6,8 +6,8 @@ token, highest score first, every way to make it of two others.
 
 Where text and tokens meet, as SentencePiece has it: a space is "▁"; a text starts with one more of them where
 `add_space_prefix` says so; a character that is no token becomes the tokens of its UTF-8 bytes. Control tokens, which
-SentencePiece never finds in a text, are found here, and a text goes on after one as a new text would: so do Llama 2's
-own tokenizer.json and llama.cpp.
+SentencePiece never finds in a text, are found here. After one, or a token of the user's, the rest starts with a space
+as a new text would: so do Llama 2's own tokenizer.json and llama.cpp, where SentencePiece adds one to a text.
 
 Reference: Kudo and Richardson, "SentencePiece", 2018; llama.cpp's llama-vocab.cpp.
 """
@@ -26,7 +26,7 @@ from jquant.io.tokenizer_fields import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFI
 
 SPACE = "▁"
 BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-# llama.cpp's list too: a GGUF cannot say that Phi-3's special tokens swallow the blanks after them.
+# As in llama.cpp: Phi-3's added tokens swallow the blanks after them, which a GGUF cannot say.
 STRIPPING_ARCHITECTURES = ("phi3",)
 NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -63,16 +63,18 @@ def spm_backend(fields: Fields) -> tuple[tokenizers.Tokenizer, bool]:
 def _added_tokens(fields: Fields, vocabulary: Vocabulary, *, prefix: bool) -> list[AddedToken]:
     """The tokens that a text is searched for before anything is merged; the longest that starts first is taken.
 
-    SentencePiece finds the user's own tokens in the text with its spaces written "▁". With a space before the text that
-    search would find no token but at a start, so there it is the plain text's; they differ where it has a "▁" itself.
+    SentencePiece searches for the user's own after spaces have become "▁", and so is done here, unless texts start with
+    a space more: `tokenizers` would want it before each of them. Only a text that itself holds "▁" shows a difference.
     """
     stripping = fields.architecture in STRIPPING_ARCHITECTURES
-    special = [
-        AddedToken(token, special=True, normalized=False, rstrip=stripping and token not in NOT_STRIPPING)
-        for token in vocabulary.of_kind(UNKNOWN, CONTROL)
-    ]
+
+    def added(token: str, *, special: bool, normalized: bool) -> AddedToken:
+        rstrip = stripping and token not in NOT_STRIPPING
+        return AddedToken(token, special=special, normalized=normalized, rstrip=rstrip)
+
+    special = [added(token, special=True, normalized=False) for token in vocabulary.of_kind(UNKNOWN, CONTROL)]
     user_defined = vocabulary.of_kind(USER_DEFINED)
-    return special + [AddedToken(token, special=False, normalized=not prefix) for token in user_defined]
+    return special + [added(token, special=False, normalized=not prefix) for token in user_defined]
 
 
 def _refuse_unsupported(fields: Fields) -> None:
@@ -89,12 +91,12 @@ def _with_plain_spaces(vocabulary: Vocabulary) -> Vocabulary:
 
     Newer converters write them so already.
     """
-    tokens = list(vocabulary.tokens)
-    for number in np.flatnonzero(vocabulary.kinds == USER_DEFINED):
+    tokens, index = list(vocabulary.tokens), dict(vocabulary.index)
+    for number in np.flatnonzero(vocabulary.kinds == USER_DEFINED).tolist():
         plain = tokens[number].replace(SPACE, " ")
-        if plain not in vocabulary.index:
-            tokens[number] = plain
-    index = {token: number for number, token in enumerate(tokens)}
+        if plain not in index:
+            del index[tokens[number]]
+            tokens[number], index[plain] = plain, number
     return Vocabulary(tokens=tokens, kinds=vocabulary.kinds, index=index)
 
 
