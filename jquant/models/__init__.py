@@ -1,1 +1,1 @@
-"""One NNX decoder for the Llama family of language models, and what loads and runs it."""
+"""One NNX decoder for all families of language models, and what loads and runs it."""

@@ -30,14 +30,18 @@ from jquant.io.tokenizer import Tokenizer, tokenizer_from_json
 from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
-from jquant.models.families import TENSORS, config_from_gguf, config_from_hf, interleaved_to_halves
-from jquant.nn.linear import Linear, QuantizedLinear
+from jquant.models.families import config_from_gguf, config_from_hf
+from jquant.models.tensor_names import Table, Transform, gguf_tensors, hf_tensors
+from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.surgery import module_at, replace
 
 Reader = Callable[[], "np.ndarray | QTensor"]
 
 # Buffers that old exporters saved beside the weights; the decoder computes them.
-_DERIVED = re.compile(r"(model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope_freqs\.weight)")
+_DERIVED = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope_freqs\.weight"
+    r"|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"  # GPT-2's causal mask
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,7 @@ def check_finite(array: np.ndarray, what: str) -> None:
 
 def _abstract_decoder(config: ModelConfig, dtype: DTypeLike) -> Decoder:
     """A decoder with shapes in the place of weights. One block is traced and copied: thirty take half a second."""
-    one_block = dataclasses.replace(config, num_layers=1)
+    one_block = dataclasses.replace(config, num_layers=1, windowed_blocks=())
     model = nnx.eval_shape(lambda: Decoder(one_block, dtype=dtype, rngs=nnx.Rngs(0)))
     model.blocks = nnx.List([nnx.clone(model.blocks[0]) for _ in range(config.num_layers)])
     model.config = config
@@ -183,10 +187,9 @@ _scales = jax.jit(QTensor.scales)
 def _open_gguf(name: str, path: Path) -> Checkpoint:
     file = open_gguf(path)
     config = _with_rope_divisors(config_from_gguf(file.metadata, file.tensors, str(path)), file)
-    readers: dict[str, Reader] = {}
-    for tensor in file.tensors:
-        if not _DERIVED.fullmatch(tensor):
-            readers[_ours(tensor, 2, path)] = partial(_read_gguf, file, tensor, config)
+    names = [tensor for tensor in file.tensors if not _DERIVED.fullmatch(tensor)]
+    table = gguf_tensors(file.metadata["general.architecture"])
+    readers = _readers(names, table, partial(_read_gguf, file), config, path)
     return Checkpoint(
         name=name,
         path=path,
@@ -212,7 +215,7 @@ def _open_hf(name: str, path: Path) -> Checkpoint:
         path=path,
         config=config,
         note=_hf_note(folder),
-        readers={_ours(tensor, 1, path): partial(folder.read, tensor) for tensor in names},
+        readers=_readers(names, hf_tensors(config.architecture), folder.read, config, path),
         weights_sha256=partial(_sha256, tuple(file.path for file in folder.files)),
         tokenizer_reader=lambda: tokenizer_from_json(path),
     )
@@ -243,12 +246,8 @@ def _with_rope_divisors(config: ModelConfig, file: GGUFFile) -> ModelConfig:
         raise InputError(f"{file.path}: tensor rope_freqs.weight: {error}") from error
 
 
-def _read_gguf(file: GGUFFile, tensor: str, config: ModelConfig) -> np.ndarray:
-    value = file.read(tensor, out=aligned_empty(file.tensors[tensor].shape, np.dtype(np.float32)))
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(tensor.split(".")[-2])
-    if heads is None or value.shape[:1] != (heads * config.head_dim,):  # a wrong shape is reported by the caller
-        return value
-    return interleaved_to_halves(value, heads)
+def _read_gguf(file: GGUFFile, tensor: str) -> np.ndarray:
+    return file.read(tensor, out=aligned_empty(file.tensors[tensor].shape, np.dtype(np.float32)))
 
 
 def _sha256(files: tuple[Path, ...]) -> str:
@@ -260,17 +259,41 @@ def _sha256(files: tuple[Path, ...]) -> str:
     return digest.hexdigest()
 
 
-def _ours(tensor: str, column: int, path: Path) -> str:
-    """The decoder's path for a checkpoint's tensor name."""
-    number = re.search(r"\.(\d+)\.", tensor)
-    template = tensor if number is None else tensor.replace(number[0], ".{}.", 1)
-    ours = _TEMPLATES[column].get(template)
-    if ours is None:
-        raise InputError(f"{path}: tensor {tensor!r} has no place in a llama decoder")
-    return ours if number is None else ours.format(number[1])
+def _readers(
+    tensors: Iterable[str], table: Table, read: Callable[[str], np.ndarray], config: ModelConfig, path: Path
+) -> dict[str, Reader]:
+    """By parameter path; matrices of experts that lie apart are stacked."""
+    readers: dict[str, Reader] = {}
+    stacks: dict[str, dict[int, Reader]] = {}
+    for tensor in tensors:
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", tensor)
+        template = re.sub(r"(?<=\.)\d+(?=\.)", "{}", tensor)
+        if template not in table:
+            raise InputError(f"{path}: tensor {tensor!r} has no place in a {config.architecture} decoder")
+        for template_of_ours, transform in table[template]:
+            ours = template_of_ours.format(*numbers[:1])
+            reader = partial(_transformed, read, tensor, transform, config)
+            if len(numbers) == 2:
+                stacks.setdefault(ours, {})[int(numbers[1])] = reader
+            else:
+                readers[ours] = reader
+    for ours, experts in stacks.items():
+        if sorted(experts) != list(range(config.num_experts)):
+            raise InputError(
+                f"{path}: tensors for {ours} of {len(experts)} experts, its config asks for {config.num_experts}"
+            )
+        readers[ours] = partial(_stacked, [experts[index] for index in range(config.num_experts)])
+    return readers
 
 
-_TEMPLATES = {column: {row[column]: row[0] for row in TENSORS} for column in (1, 2)}
+def _transformed(
+    read: Callable[[str], np.ndarray], tensor: str, transform: Transform, config: ModelConfig
+) -> np.ndarray:
+    return transform(read(tensor), config)
+
+
+def _stacked(readers: list[Reader]) -> np.ndarray:
+    return np.stack([np.asarray(reader()) for reader in readers])
 
 
 def _gguf_note(file: GGUFFile) -> str:
@@ -299,9 +322,9 @@ def _install(model: Decoder, packed: dict[str, QTensor]) -> None:
     for path, weight in packed.items():
         layer_path, _, leaf = path.rpartition(".")
         layer = module_at(model, layer_path)
-        if leaf != "weight" or not isinstance(layer, Linear):
+        if leaf != "weight" or not isinstance(layer, Linear | ExpertLinear):
             raise InputError(f"packed tensor {path}: only weights of linear layers can stay packed")
-        layers[layer_path] = QuantizedLinear(weight, None if layer.bias is None else layer.bias.get_value())
+        layers[layer_path] = layer.packed(weight)
     replace(model, layers)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jquant.core.errors import InputError
-from jquant.models.decoder import Cache, Context, Decoder, step_context
+from jquant.models.decoder import Cache, Context, Decoder, contexts_of_blocks, step_context
 from jquant.nn.protocol import apply
 
 _CHUNK = 64  # the prompt is fed in pieces of this many tokens: one program for every prompt length
@@ -137,17 +137,19 @@ def _feed_prompt(model: Decoder, prompt: np.ndarray, caches: list[Cache], capaci
 def _advance(
     model: Decoder, tokens: Array, start: int, caches: list[Cache], capacity: int
 ) -> tuple[Array, list[Cache]]:
-    x = apply(model.embed, tokens)
-    context = _context(model.config, jnp.int32(start), tokens.shape[1], capacity)
+    x = apply(model.embed, tokens, jnp.int32(start))
+    contexts = contexts_of_blocks(
+        model.config, lambda windowed: _context(model.config, jnp.int32(start), tokens.shape[1], capacity, windowed)
+    )
     updated = []
-    for block, cache in zip(model.blocks, caches, strict=True):
+    for block, context, cache in zip(model.blocks, contexts, caches, strict=True):
         graphdef, state = nnx.split(block)
         x, cache = _step(graphdef, state, x, context, cache)
         updated.append(cache)
     return x, updated
 
 
-_context = jax.jit(step_context, static_argnums=(0, 2, 3))
+_context = jax.jit(step_context, static_argnums=(0, 2, 3, 4))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

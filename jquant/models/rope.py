@@ -9,20 +9,27 @@ from jaxtyping import Array, Float, Int
 from jquant.models.config import ModelConfig, RopeScaling
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position, float32 [head_dim / 2]: θ^(−2i/d), scaled as the config says (Su et al., 2104.09864)."""
+def frequencies(config: ModelConfig, *, local: bool = False) -> np.ndarray:
+    """Radians a position, float32 [head_dim / 2]: θ^(−2i/d), scaled as the config says (Su et al., 2104.09864).
+
+    `local` gives those of windowed blocks, which may have their own θ and then no scaling (Gemma 3, 2503.19786).
+    """
+    own = local and config.local_rope_theta is not None
+    theta = config.local_rope_theta if own else config.rope_theta
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    plain = (1.0 / np.power(np.float32(config.rope_theta), exponent)).astype(np.float32)
+    plain = (1.0 / np.power(np.float32(theta), exponent)).astype(np.float32)
+    if own:
+        return plain
     if config.rope_divisors is not None:
         plain = plain / np.asarray(config.rope_divisors, np.float32)
     return plain if config.rope_scaling is None else _scaled(plain, config.rope_scaling)
 
 
 def tables(
-    config: ModelConfig, positions: Int[Array, " time"]
+    config: ModelConfig, positions: Int[Array, " time"], *, local: bool = False
 ) -> tuple[Float[Array, "time half"], Float[Array, "time half"]]:
     """Cosines and sines of position × frequency, float32."""
-    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies(config))
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies(config, local=local))
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers with plain [out, in] weights, in floats and packed."""
+"""Linear layers with plain [out, in] weights, and stacks of them for experts, in floats and packed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jquant.core.qtensor import QTensor, dequantize
 
@@ -32,6 +32,28 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias.get_value()
         return matmul_transposed(x, self.weight.get_value(), bias, dtype=dtype)
 
+    def packed(self, weight: QTensor) -> QuantizedLinear:
+        """The layer that takes this one's place, with the weight given."""
+        return QuantizedLinear(weight, None if self.bias is None else self.bias.get_value())
+
+
+class ExpertLinear(nnx.Module):
+    """One matrix an expert, W[experts, out, in]; rows of x come sorted by expert. Quantized each expert for itself."""
+
+    def __init__(
+        self, experts: int, in_features: int, out_features: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        shape = (experts, out_features, in_features)
+        self.weight = nnx.Param(in_features**-0.5 * jax.random.normal(rngs.params(), shape, dtype))
+
+    def __call__(self, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """Row r times the matrix of its expert: the first counts[0] rows are of expert 0, and so on."""
+        return grouped_matmul_transposed(x, self.weight.get_value(), counts)
+
+    def packed(self, weight: QTensor) -> QuantizedExpertLinear:
+        """The layer that takes this one's place, with the weight given."""
+        return QuantizedExpertLinear(weight)
+
 
 class Quantized(nnx.Variable[QTensor]):
     """A packed weight as an NNX variable: not a Param, because nothing trains it."""
@@ -48,6 +70,27 @@ class QuantizedLinear(nnx.Module):
         """The product in `dtype`; by default in that of x."""
         bias = None if self.bias is None else self.bias.get_value()
         return matmul_transposed(x, dequantize(self.weight.get_value(), x.dtype), bias, dtype=dtype)
+
+
+class QuantizedExpertLinear(nnx.Module):
+    """`ExpertLinear` with a packed weight [experts, out, in]."""
+
+    def __init__(self, weight: QTensor) -> None:
+        self.weight = Quantized(weight)
+
+    def __call__(self, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """As `ExpertLinear`."""
+        return grouped_matmul_transposed(x, dequantize(self.weight.get_value(), x.dtype), counts)
+
+
+def grouped_matmul_transposed(
+    x: Float[Array, "rows in"], weight: Float[Array, "experts out in"], counts: Int[Array, " experts"]
+) -> Float[Array, "rows out"]:
+    """x_r · W_eᵀ for rows sorted by expert e, accumulated in float32, in the dtype of x."""
+    product = jax.lax.ragged_dot(
+        x, weight.astype(x.dtype).swapaxes(-1, -2), counts.astype(jnp.int32), preferred_element_type=jnp.float32
+    )
+    return product.astype(x.dtype)
 
 
 def matmul_transposed(

@@ -11,7 +11,7 @@ from flax import nnx
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import Scheme
-from jquant.nn.linear import Linear, QuantizedLinear
+from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.surgery import named_modules, replace, select
 
 BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the output projection stay as they are
@@ -32,17 +32,17 @@ def quantize_layers(model: nnx.Module, scheme: Scheme, *, layers: Sequence[str] 
         InputError: a pattern matches nothing, or the scheme does not fit a layer; then nothing was replaced.
     """
     chosen = selected_layers(model, layers)
-    packed = {}
+    packed: dict[str, nnx.Module] = {}
     for path, layer in chosen.items():
-        bias = None if layer.bias is None else layer.bias.get_value()
-        packed[path] = QuantizedLinear(_quantize_named(path, layer.weight.get_value(), scheme), bias)
-    replace(model, dict(packed))
+        packed[path] = layer.packed(_quantize_named(path, layer.weight.get_value(), scheme))
+    replace(model, packed)
     return list(packed)
 
 
-def selected_layers(model: nnx.Module, layers: Sequence[str] = BLOCKS) -> dict[str, Linear]:
+def selected_layers(model: nnx.Module, layers: Sequence[str] = BLOCKS) -> dict[str, Linear | ExpertLinear]:
     """The float linear layers that patterns select, by path. Raises InputError where a pattern matches nothing."""
-    found = {path: module for path, module in named_modules(model, Linear) if isinstance(module, Linear)}
+    kinds = (Linear, ExpertLinear)
+    found = {path: module for path, module in named_modules(model, kinds) if isinstance(module, kinds)}
     if not found:
         raise InputError("the model has no float linear layers: it is quantized already; start from the float model")
     return {path: found[path] for path in select(list(found), layers)}
