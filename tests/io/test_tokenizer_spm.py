@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
+from jquant.io.gguf import open_gguf
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "tokenizer_spm.json").read_text())
 TEXTS, MODELS = GOLDEN["texts"], GOLDEN["models"]
-NORMAL = 1
+NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 2, 3, 5
 
 
 def metadata(name: str, **changes: Any) -> dict[str, Any]:
@@ -73,10 +75,11 @@ def test_spaces_of_user_defined_tokens_may_be_written_plainly():
     assert build("gemma", tokens=plain).sha256 == build("gemma").sha256
 
 
-def tokens_of(text: str, scores: dict[str, float]) -> list[str]:
+def tokens_of(text: str, scores: dict[str, float], *, unused: str = "") -> list[str]:
     """The tokens of a text by a vocabulary of these, an unknown token, and no space before the text."""
     tokens = ["<unk>", *scores]
-    fields = {"tokens": tokens, "token_type": [2, *[NORMAL] * len(scores)], "scores": [0.0, *scores.values()]}
+    kinds = [UNKNOWN, *(UNUSED if token == unused else NORMAL for token in scores)]
+    fields = {"tokens": tokens, "token_type": kinds, "scores": [0.0, *scores.values()]}
     fields |= {"bos_token_id": None, "eos_token_id": None, "unknown_token_id": None, "add_space_prefix": False}
     return [tokens[token] for token in build("plain", **fields).encode(text)]
 
@@ -86,6 +89,18 @@ def test_scores_decide():
     assert tokens_of("abcab", {**letters, "ab": -1.0, "bc": -2.0}) == ["ab", "c", "ab"]
     assert tokens_of("abcab", {**letters, "ab": -2.0, "bc": -1.0}) == ["a", "bc", "ab"]
     assert tokens_of("abcab", {**letters, "ab": -2.0, "bc": -1.0, "abc": -3.0}) == ["abc", "ab"]
+
+
+def test_an_unused_token_is_not_made():
+    assert tokens_of("ab", {"a": 0.0, "b": 0.0, "ab": 0.0}) == ["ab"]
+    assert tokens_of("ab", {"a": 0.0, "b": 0.0, "ab": 0.0}, unused="ab") == ["a", "b"]
+
+
+def test_the_unknown_token_may_be_a_control_token():
+    """Gemma's is."""
+    kinds = [CONTROL if kind == UNKNOWN else kind for kind in MODELS["plain"]["token_type"]]
+    tokenizer = build("plain", token_type=kinds)
+    assert [tokenizer.encode(text).tolist() for text in TEXTS] == MODELS["plain"]["ids"]
 
 
 def test_a_token_that_crosses_a_space_is_made():
@@ -158,3 +173,21 @@ def test_what_is_wrong_with_metadata_is_named(case):
         tokenizer_from_gguf(metadata("plain", **changes), source="file.gguf")
     assert str(caught.value).startswith("file.gguf: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Tokenizer:
+    path = Path(sys.prefix) / "share" / "jquant" / "gemma-3-270m-q4_k_m.gguf"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return tokenizer_from_gguf(open_gguf(path).metadata, source=str(path))
+
+
+@pytest.mark.slow
+def test_gemma_equals_sentencepiece(gemma):
+    for text, expected in zip(TEXTS, GOLDEN["gemma3_ids"], strict=True):
+        assert gemma.encode(text, add_bos=False).tolist() == expected, text
+        if "▁" not in text:
+            assert gemma.decode(expected, skip_special=False) == text
+    assert (gemma.bos_id, gemma.eos_ids, gemma.add_bos, gemma.add_eos) == (2, (1,), True, False)
+    assert gemma.vocab_size == 262144
