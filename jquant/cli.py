@@ -213,7 +213,7 @@ def _generate(config: GenerateConfig) -> None:
     tokenizer = checkpoint.tokenizer()
     model = checkpoint.model(dtype=config.dtype)
     _round(model, schemes)
-    prompt = tokenizer.encode(config.prompt)
+    prompt = tokenizer.encode(config.prompt, add_eos=False)
     tokens: list[int] = []
     shown = tokenizer.decode(prompt)
     print(shown, end="", flush=True)
