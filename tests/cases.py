@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jquant.core.formats import ELEMENTS, GGML_BLOCKS
+from jquant.core.formats import ELEMENTS
 from jquant.core.scheme import PRESETS
 
 CODEBOOKS = (
@@ -12,8 +12,9 @@ CODEBOOKS = (
     f"codebook({'/'.join(str((i - 127) / 128) for i in range(256))}):channel",
 )
 
-# ggml's block types have no codes and scales of their own: laws about these are not about them.
-BLOCK_SCHEMES = tuple(GGML_BLOCKS)
+# Block types of ggml, one for each way of encoding: of the others core/test_ggml.py sees every byte. They have no codes
+# and scales of their own; laws about these are not about them.
+BLOCK_SCHEMES = ("q4_0", "q5_1", "q8_0", "q3_k", "q4_k", "iq4_nl", "ggml_nvfp4")
 
 # Every element alone; then every granularity, scale format and convention on elements where it matters.
 SCHEMES = (

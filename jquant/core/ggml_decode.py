@@ -25,29 +25,27 @@ Blocks = UInt8[AnyArray, "*n bytes"]
 Values = Float32[AnyArray, "*n elements"]
 Decoder = Callable[[Any], Any]
 
-_NIBBLES = np.array([[0], [4]], np.uint8)
-_PAIRS = np.array([[0], [2], [4], [6]], np.uint8)
-_BITS = np.arange(8, dtype=np.uint8)
+_NIBBLES, _PAIRS, _BITS = (0, 4), (0, 2, 4, 6), tuple(range(8))
 
 
 def q4_0(blocks: Blocks) -> Values:
     """x = d · (q − 8); f16 d, 16 bytes of nibbles (low: elements 0–15, high: 16–31)."""
-    return _signed(_nibbles(blocks[..., 2:18]), 8) * _half(blocks, 0)
+    return _signed(_nibbles(blocks, 2), 8) * _half(blocks, 0)
 
 
 def q4_1(blocks: Blocks) -> Values:
     """x = d · q + m; f16 d, f16 m, 16 bytes of nibbles."""
-    return _nibbles(blocks[..., 4:20]).astype(np.float32) * _half(blocks, 0) + _half(blocks, 2)
+    return _nibbles(blocks, 4).astype(np.float32) * _half(blocks, 0) + _half(blocks, 2)
 
 
 def q5_0(blocks: Blocks) -> Values:
     """x = d · (q − 16); f16 d, 32 fifth bits (element j at bit j), 16 bytes of nibbles."""
-    return _signed(_nibbles(blocks[..., 6:22]) | _fifth_bits(blocks[..., 2:6]), 16) * _half(blocks, 0)
+    return _signed(_nibbles(blocks, 6) | _fifth_bits(blocks[..., 2:6]), 16) * _half(blocks, 0)
 
 
 def q5_1(blocks: Blocks) -> Values:
     """x = d · q + m; f16 d, f16 m, 32 fifth bits, 16 bytes of nibbles."""
-    codes = _nibbles(blocks[..., 8:24]) | _fifth_bits(blocks[..., 4:8])
+    codes = _nibbles(blocks, 8) | _fifth_bits(blocks[..., 4:8])
     return codes.astype(np.float32) * _half(blocks, 0) + _half(blocks, 2)
 
 
@@ -61,7 +59,7 @@ def q2_k(blocks: Blocks) -> Values:
 
     Each half of 128 elements takes 32 bytes of codes: element 32k + j is at bits 2k and 2k + 1 of byte j.
     """
-    codes = _two_bit(blocks[..., 16:80]).reshape(*blocks.shape[:-1], 16, 16)
+    codes = _cut(blocks, 16, 80, 32, _PAIRS).reshape(*blocks.shape[:-1], 16, 16)
     scale = _once((blocks[..., 0:16] & 15).astype(np.float32) * _half(blocks, 80))
     minimum = _once((blocks[..., 0:16] >> 4).astype(np.float32) * _half(blocks, 82))
     return _flat(codes.astype(np.float32) * scale[..., None] - minimum[..., None])
@@ -72,8 +70,7 @@ def q3_k(blocks: Blocks) -> Values:
 
     Element 32k + j has its third bit at bit k of byte j of 32; the lower two lie as in Q2_K.
     """
-    low = _two_bit(blocks[..., 32:96]).reshape(*blocks.shape[:-1], 8, 32)
-    codes = low | (((blocks[..., None, 0:32] >> _BITS[:, None]) & 1) << 2)
+    codes = _cut(blocks, 32, 96, 32, _PAIRS) | (_cut(blocks, 0, 32, 32, _BITS) << 2)
     scale = _once(_signed(_six_bit(blocks[..., 96:108]), 32) * _half(blocks, 108))
     return _flat(_signed(codes, 4).reshape(*blocks.shape[:-1], 16, 16) * scale[..., None])
 
@@ -83,16 +80,13 @@ def q4_k(blocks: Blocks) -> Values:
 
     Of the four runs of 32 nibble bytes, run i holds sub-block 2i in its low nibbles and 2i + 1 in its high ones.
     """
-    runs = blocks[..., 16:144].reshape(*blocks.shape[:-1], 4, 1, 32)
-    codes = ((runs >> _NIBBLES) & 15).reshape(*blocks.shape[:-1], 8, 32)
-    return _by_scale_and_minimum(codes, blocks)
+    return _by_scale_and_minimum(_cut(blocks, 16, 144, 32, _NIBBLES), blocks)
 
 
 def q5_k(blocks: Blocks) -> Values:
     """As Q4_K, with 32 bytes of fifth bits before the nibbles: that of element j of sub-block k is bit k of byte j."""
-    runs = blocks[..., 48:176].reshape(*blocks.shape[:-1], 4, 1, 32)
-    low = ((runs >> _NIBBLES) & 15).reshape(*blocks.shape[:-1], 8, 32)
-    return _by_scale_and_minimum(low | (((blocks[..., None, 16:48] >> _BITS[:, None]) & 1) << 4), blocks)
+    codes = _cut(blocks, 48, 176, 32, _NIBBLES) | (_cut(blocks, 16, 48, 32, _BITS) << 4)
+    return _by_scale_and_minimum(codes, blocks)
 
 
 def q6_k(blocks: Blocks) -> Values:
@@ -101,16 +95,14 @@ def q6_k(blocks: Blocks) -> Values:
     Each half of 128 elements takes 64 bytes of low nibbles (elements 0–63 low, 64–127 high) and 32 bytes of upper
     pairs (element 32k + j: bits 2k and 2k + 1 of byte j).
     """
-    runs = blocks[..., 0:128].reshape(*blocks.shape[:-1], 2, 1, 64)
-    low = ((runs >> _NIBBLES) & 15).reshape(*blocks.shape[:-1], 2, 4, 32)
-    codes = low | (_two_bit(blocks[..., 128:192]) << 4)
+    codes = _cut(blocks, 0, 128, 64, _NIBBLES) | (_cut(blocks, 128, 192, 32, _PAIRS) << 4)
     scale = _once(_int8(blocks[..., 192:208]).astype(np.float32) * _half(blocks, 208))
     return _flat(_signed(codes, 32).reshape(*blocks.shape[:-1], 16, 16) * scale[..., None])
 
 
 def iq4_nl(blocks: Blocks) -> Values:
     """x = d · level(q), sixteen uneven levels; f16 d, 16 bytes of nibbles."""
-    return _levels(IQ4_NL_LEVELS, _nibbles(blocks[..., 2:18])) * _half(blocks, 0)
+    return _levels(IQ4_NL_LEVELS, _nibbles(blocks, 2)) * _half(blocks, 0)
 
 
 def mxfp4(blocks: Blocks) -> Values:
@@ -119,7 +111,7 @@ def mxfp4(blocks: Blocks) -> Values:
     Half the exponent at a time: e = 0 would be a subnormal power, though its larger products are none.
     """
     exponent = blocks[..., 0:1].astype(np.int32)
-    levels = _levels(DOUBLED_E2M1, _nibbles(blocks[..., 1:17]))
+    levels = _levels(DOUBLED_E2M1, _nibbles(blocks, 1))
     return levels * _power_of_two((exponent >> 1) - 64) * _power_of_two(exponent - (exponent >> 1) - 64)
 
 
@@ -128,8 +120,8 @@ def nvfp4(blocks: Blocks) -> Values:
 
     s is an e4m3 without a sign: its top bit is ignored, and 7F, the NaN of e4m3, is 0.
     """
-    packed = blocks[..., 4:36].reshape(*blocks.shape[:-1], 4, 8)
-    return _flat(_levels(DOUBLED_E2M1, _nibbles(packed)) * halved_ue4m3(blocks[..., 0:4])[..., None])
+    levels = _levels(DOUBLED_E2M1, _cut(blocks, 4, 36, 8, _NIBBLES)).reshape(*blocks.shape[:-1], 4, 16)
+    return _flat(levels * halved_ue4m3(blocks[..., 0:4])[..., None])
 
 
 def halved_ue4m3(codes: UInt8[AnyArray, "..."]) -> Float32[AnyArray, "..."]:
@@ -159,11 +151,12 @@ DECODERS: dict[str, Decoder] = {
 
 
 def _by_scale_and_minimum(codes: Any, blocks: Any) -> Any:
-    """Q4_K and Q5_K from their codes [..., 8, 32] and the first 16 bytes of their blocks."""
+    """Q4_K and Q5_K from their codes [..., 256] and the first 16 bytes of their blocks."""
     scale, minimum = _six_bit_pairs(blocks[..., 4:16])
     scale = _once(scale.astype(np.float32) * _half(blocks, 0))
     minimum = _once(minimum.astype(np.float32) * _half(blocks, 2))
-    return _flat(codes.astype(np.float32) * scale[..., None] - minimum[..., None])
+    values = codes.astype(np.float32).reshape(*blocks.shape[:-1], 8, 32)
+    return _flat(values * scale[..., None] - minimum[..., None])
 
 
 def _once(scales: Any) -> Any:
@@ -186,23 +179,32 @@ def _six_bit_pairs(packed: Any) -> tuple[Any, Any]:
 
 def _six_bit(packed: Any) -> Any:
     """Scales uint8[..., 16] from the 12 bytes of a Q3_K block: nibbles of bytes 0–7, upper pairs in bytes 8–11."""
-    upper = ((packed[..., None, 8:12] >> _PAIRS) & 3).reshape(*packed.shape[:-1], 16)
-    return _nibbles(packed[..., 0:8]) | (upper << 4)
+    return _cut(packed, 0, 8, 8, _NIBBLES) | (_cut(packed, 8, 12, 4, _PAIRS) << 4)
 
 
-def _nibbles(packed: Any) -> Any:
-    """uint8[..., 2k] from uint8[..., k]: all low nibbles, then all high ones."""
-    return _flat((packed[..., None, :] >> _NIBBLES) & 15)
+def _nibbles(blocks: Any, start: int) -> Any:
+    """uint8[..., 32] from the 16 bytes at `start`: all low nibbles, then all high ones."""
+    return _cut(blocks, start, start + 16, 16, _NIBBLES)
 
 
-def _two_bit(packed: Any) -> Any:
-    """uint8[..., 2, 4, 32] from uint8[..., 64]: the four pairs of bits of each half's 32 bytes, lowest first."""
-    return (packed.reshape(*packed.shape[:-1], 2, 1, 32) >> _PAIRS) & 3
+def _cut(blocks: Any, start: int, stop: int, run: int, shifts: tuple[int, ...]) -> Any:
+    """The bytes from `start` to `stop` cut into codes, uint8[..., codes]: of every `run` bytes first the codes at the
+    first shift, then those at the next."""
+    mask = (1 << (8 // len(shifts))) - 1
+    if isinstance(blocks, np.ndarray):
+        # Numpy is slow at short inner loops: whole blocks are shifted, and runs are moved as single items.
+        parts = [((blocks >> shift) & mask)[..., start:stop].view(f"V{run}") for shift in shifts]
+        return _flat(np.stack(parts, axis=-1).view(np.uint8))
+    runs = blocks[..., start:stop].reshape(*blocks.shape[:-1], -1, 1, run)
+    codes = (runs >> np.array(shifts, np.uint8)[:, None]) & mask
+    return codes.reshape(*blocks.shape[:-1], -1)
 
 
 def _fifth_bits(packed: Any) -> Any:
     """uint8[..., 32] of 0 or 16 from the 32 bits of uint8[..., 4], lowest bit first."""
-    return _flat(((packed[..., None] >> _BITS) & 1) << 4)
+    if isinstance(packed, np.ndarray):
+        return np.unpackbits(packed, axis=-1, bitorder="little") << 4
+    return _flat(((packed[..., None] >> np.arange(8, dtype=np.uint8)) & 1) << 4)
 
 
 def _half(blocks: Any, at: int) -> Any:
@@ -225,7 +227,7 @@ def _signed(codes: Any, zero: int) -> Any:
 def _levels(values: tuple[int, ...], codes: Any) -> Any:
     """float32 levels of codes; numpy has no faster way than to look them up, XLA no slower one."""
     table = np.asarray(values, np.float32)
-    return table[codes] if isinstance(codes, np.ndarray) else select_by_bits(codes, table, 4)
+    return np.take(table, codes) if isinstance(codes, np.ndarray) else select_by_bits(codes, table, 4)
 
 
 def _power_of_two(exponent: Any) -> Any:

@@ -87,12 +87,12 @@ def best_scale_and_minimum(
         divisor = jnp.where(determinant > 0, determinant, 1.0)
         s = (total * sum_qy - sum_y * sum_q) / divisor
         b = (sum_qq * sum_y - sum_q * sum_qy) / divisor
-        # A positive offset of x cannot be stored: 0 is the best that can.
-        above = b > -lowest
+        # A positive offset of x cannot be stored: 0 is the best that can. Where all codes are equal, it is the choice.
+        above = (b > -lowest) | (determinant <= 0)
         b = jnp.where(above, -lowest, b)
         s = jnp.where(above, (sum_qy - b * sum_q) / jnp.where(sum_qq > 0, sum_qq, 1.0), s)
         fall = 2 * (s * sum_qy + b * sum_y) - (s * (s * sum_qq + 2 * b * sum_q) + b * b * total)
-        better = (determinant > 0) & (s > 0) & (fall > gain)
+        better = (s > 0) & (fall > gain)
         return jnp.where(better, fall, gain), jnp.where(better, s, scale), jnp.where(better, b, offset)
 
     zeros = jnp.zeros_like(span)
@@ -101,6 +101,50 @@ def best_scale_and_minimum(
     start = (mean * (2 * sum_y - mean * total), zeros, mean)
     _, scale, offset = jax.lax.fori_loop(0, len(targets) + polish, step, start)
     return jnp.where(jnp.isfinite(span), scale, jnp.inf), -(offset + lowest)
+
+
+def best_minimum(
+    x: Float32[Array, "*s elements groups"],
+    weights: Float32[Array, "*s elements groups"] | None,
+    top: int,
+    scale: Float32[Array, "*s groups"],
+    minimum: Float32[Array, "*s groups"],
+) -> Float32[Array, "*s groups"]:
+    """The m ≥ 0 of least Σ w (x − s·q + m)² for a scale that was rounded since, codes being those of `minimum`.
+
+    m = (s Σwq − Σwx) / Σw
+    """
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
+    q = jnp.clip(jnp.round((x + minimum[..., None, :]) * inverse[..., None, :]), 0, top)
+    total = jnp.float32(x.shape[-2]) if weights is None else _sum(weights)
+    residual = scale * _sum(_weighted(q, weights)) - _sum(_weighted(x, weights))
+    return jnp.maximum(residual / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def best_multiple(
+    x: Float32[Array, "*s elements groups"],
+    weights: Float32[Array, "*s elements groups"] | None,
+    nearest: Nearest,
+    unit: Float32[Array, " groups"],
+    count: Float32[Array, "*s groups"],
+    bounds: tuple[int, int],
+) -> Float32[Array, "*s groups"]:
+    """The whole c of least Σ w (x − (unit·c)·q)² among count − 1, count and count + 1, within bounds.
+
+    A scale that was rounded need not be the best of its neighbours once x is rounded by it.
+    """
+
+    def step(index: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        error, whole = best
+        candidate = jnp.clip(count + jnp.array([0.0, -1.0, 1.0])[index], *bounds)
+        scale = unit * candidate
+        q = nearest(x * jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))[..., None, :])
+        rest = x - scale[..., None, :] * q
+        found = _sum(_weighted(rest * rest, weights))
+        better = found < error
+        return jnp.where(better, found, error), jnp.where(better, candidate, whole)
+
+    return jax.lax.fori_loop(0, 3, step, (jnp.full_like(count, jnp.inf), count))[1]
 
 
 def signed_peak(x: Float32[Array, "*s elements groups"]) -> Float32[Array, "*s groups"]:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float32, UInt8
 
 from jquant.core.formats import IQ4_NL_LEVELS, code_of_whole_float, select_by_order
 from jquant.core.ggml_encode import to_half
-from jquant.core.ggml_fit import best_scale, best_scale_and_minimum
+from jquant.core.ggml_fit import best_minimum, best_multiple, best_scale, best_scale_and_minimum
 
 Columns = Float32[Array, "elements blocks"]
 Bytes = UInt8[Array, "bytes blocks"]
@@ -135,9 +135,12 @@ def _scales_and_minima(
     parts, weights = _split(x, size), None if weights is None else _split(weights, size)
     s, m = best_scale_and_minimum(parts, weights, top, _targets(top))
     total = None if weights is None else jnp.sum(weights, axis=-2)
-    d, scales = _shared(s, total, _nearest_whole(scale_top), scale_top + np.linspace(-0.5, 0.5, 9))
-    dmin, minima = _shared(m, total, _nearest_whole(scale_top), scale_top + np.linspace(-0.5, 0.5, 9))
-    codes = _codes(parts, d.astype(jnp.float32) * scales, dmin.astype(jnp.float32) * minima, top)
+    d, scales = _shared(s, total, _nearest_whole(scale_top), scale_top)
+    m = best_minimum(parts, weights, top, d.astype(jnp.float32) * scales, m)
+    dmin, minima = _shared(m, total, _nearest_whole(scale_top), scale_top)
+    unit, m = d.astype(jnp.float32), dmin.astype(jnp.float32) * minima
+    scales = best_multiple(parts + m[..., None, :], weights, _nearest_whole(top), unit, scales, (0, scale_top))
+    codes = _codes(parts, unit * scales, m, top)
     return d, dmin, _bytes(scales), _bytes(minima), codes.reshape(x.shape)
 
 
@@ -146,16 +149,19 @@ def _scales(x: Array, weights: Array | None, *, half: int, scale_half: int) -> t
     parts, weights = _split(x, 16), None if weights is None else _split(weights, 16)
     s = best_scale(parts, weights, _nearest_signed(half), _signed_targets(half))
     total = None if weights is None else jnp.sum(weights, axis=-2)
-    d, scales = _shared(s, total, _nearest_signed(scale_half), -scale_half + np.linspace(-0.5, 0.5, 9))
-    codes = _signed_codes(parts, d.astype(jnp.float32) * scales, half)
+    d, scales = _shared(s, total, _nearest_signed(scale_half), -scale_half)
+    unit = d.astype(jnp.float32)
+    scales = best_multiple(parts, weights, _nearest_signed(half), unit, scales, (-scale_half, scale_half - 1))
+    codes = _signed_codes(parts, unit * scales, half)
     return d, scales, codes.reshape(x.shape)
 
 
 def _shared(
-    values: Array, weights: Array | None, nearest: Callable[[Array], Array], targets: np.ndarray
+    values: Array, weights: Array | None, nearest: Callable[[Array], Array], target: int
 ) -> tuple[Array, Array]:
-    """f16 d[blocks] and whole c[sub-blocks, blocks] with values ≈ d · c."""
-    d = to_half(best_scale(values, weights, nearest, targets.astype(np.float32)))
+    """f16 d[blocks] and whole c[sub-blocks, blocks] with values ≈ d · c, the largest c near `target`."""
+    targets = (target + np.linspace(-0.5, 0.5, 9)).astype(np.float32)
+    d = to_half(best_scale(values, weights, nearest, targets))
     return d, nearest(values * _inverse(d.astype(jnp.float32)))
 
 

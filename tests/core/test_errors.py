@@ -32,6 +32,8 @@ from jquant.core.scheme import scheme
         ("codebook(0):g8", "1 levels"),
         ("codebook(a/b):g8", "numbers with slashes"),
         ("codebook(0/inf):g8", "finite"),
+        ("q4_k:g32", "q4_k fixes its blocks and scales: drop 'g32'"),
+        ("iq4_nl:bf16", "iq4_nl fixes its blocks"),
     ],
 )
 def test_malformed_schemes(spec: str, message: str) -> None:
