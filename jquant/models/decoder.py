@@ -8,6 +8,7 @@ family has them: embed.positions, blocks.N.attn.{q,k}_norm, blocks.N.{attn,mlp}_
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jquant.models import rope
 from jquant.models.config import ModelConfig
 from jquant.models.feed_forward import feed_forward
 from jquant.models.norms import RMSNorm, make_norm
-from jquant.nn.linear import Linear, matmul_transposed
+from jquant.nn.linear import PRECISION, Linear, matmul_transposed
 
 
 class Context(NamedTuple):
@@ -198,13 +199,14 @@ def attend(
     kv_heads = keys.shape[1]
     # Queries that share keys become rows of one matrix product: plain batched products, no repeated keys.
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads * time, dim)
-    scores = jnp.einsum("bgtd,bgsd->bgts", grouped, keys, preferred_element_type=jnp.float32) * scale
+    product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+    scores = product("bgtd,bgsd->bgts", grouped, keys) * scale
     if softcap is not None:
         scores = _softcapped(scores, softcap)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, time, -1)
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads * time, -1)
-    attended = jnp.einsum("bgts,bgsd->bgtd", weights, values, preferred_element_type=jnp.float32)
+    attended = product("bgts,bgsd->bgtd", weights, values)
     return attended.astype(values.dtype).reshape(batch, heads, time, dim)
 
 
