@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from jquant.core.errors import InputError
+
+_SURROGATE = re.compile(rb"\\u[dD]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,9 +32,15 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
-    """The object in UTF-8 JSON text in which no key occurs twice; `what` names the text in errors."""
+    """The object in UTF-8 JSON text in which no key occurs twice; `what` names the text in errors.
+
+    An escape of half a character ("\\ud800"), which Python's parser lets pass, is refused: such a text can be neither a
+    file's name nor printed.
+    """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -43,7 +53,6 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in value if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise InputError(f"the key {twice[:80]!r} occurs twice")
     return value

@@ -23,6 +23,8 @@ from jquant.io.atomic import replacing
 from jquant.io.json_file import read_json_if_there
 from jquant.io.mapped import shown
 
+MAX_GAP = 1 << 20  # ids without a token below the largest id
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
@@ -133,6 +135,9 @@ def _parse_backend(file: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more exact
         raise InputError(f"{file}: is no tokenizer that `tokenizers` reads: {one_line(error)}") from error
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    if max(ids, default=0) > len(ids) + MAX_GAP:  # `tokenizers` visits every number on the way when it writes itself
+        raise InputError(f"{file}: has a token of id {max(ids)} among {len(ids)} tokens: the file is damaged")
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -177,8 +182,9 @@ def checked_tokenizer(source: str | Path, **fields: Any) -> Tokenizer:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error that others raised, short enough for ours."""
-    return " ".join(str(error).split())[:200]
+    """The message of an error that others raised, short enough for ours; what cannot be printed is escaped."""
+    text = " ".join(str(error).split())[:200]
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def tokenizer_to_json(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:

@@ -57,11 +57,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF") ->
 
 def _add_around(backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:
     """BOS before a text and EOS after it. jquant does so itself; this is for whoever loads its tokenizer.json."""
-    names = {number: str(backend.id_to_token(number)) for number in (bos_id, eos_id) if number is not None}
+    tokens = {number: str(backend.id_to_token(number)) for number in (bos_id, eos_id) if number is not None}
+    names = {number: f"token {number}" if ":" in token or "$" in token else token for number, token in tokens.items()}
     bos, eos = ([names[number]] if number is not None else [] for number in (bos_id, eos_id))
     if names:
         backend.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
             single=[*bos, "$A", *eos],
             pair=[*bos, "$A", *eos, *bos, "$B:1", *eos],
-            special_tokens=[(name, number) for number, name in names.items()],
+            # A template reads ":" and "$" in its own way, so a token that holds them is called by its number.
+            special_tokens=[{"id": names[n], "ids": [n], "tokens": [token]} for n, token in tokens.items()],
         )

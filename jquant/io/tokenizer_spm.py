@@ -29,6 +29,10 @@ BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 # As in llama.cpp: Phi-3's added tokens swallow the blanks after them, which a GGUF cannot say.
 STRIPPING_ARCHITECTURES = ("phi3",)
 NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+# Far beyond what models have (Gemma 3: tokens of up to 16 characters, 2.0 merges a token). Unbounded, a file of a
+# megabyte could ask for minutes and gigabytes.
+MAX_LENGTH = 1024
+MAX_MERGES = 64  # for each token, on average
 
 
 def spm_backend(fields: Fields) -> tuple[tokenizers.Tokenizer, bool]:
@@ -42,7 +46,7 @@ def spm_backend(fields: Fields) -> tuple[tokenizers.Tokenizer, bool]:
     backend = merging_backend(
         fields,
         vocabulary,
-        _merges(vocabulary, _scores(fields)),
+        _merges(vocabulary, _scores(fields), fields.source),
         byte_fallback=_has_bytes(vocabulary),
         unk_token=_unknown(fields, vocabulary),
         fuse_unk=True,
@@ -101,14 +105,14 @@ def _with_plain_spaces(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def _scores(fields: Fields) -> np.ndarray:
-    scores = fields.per_token("scores")
+    scores = fields.per_token("scores").astype(np.float64)  # of unsigned numbers and truth values no minus can be taken
     if not np.isfinite(scores).all():
         number = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise InputError(f"{fields.source}: tokenizer.ggml.scores holds {scores[number]} for token {number}")
     return scores
 
 
-def _merges(vocabulary: Vocabulary, scores: np.ndarray) -> list[tuple[str, str]]:
+def _merges(vocabulary: Vocabulary, scores: np.ndarray, source: str) -> list[tuple[str, str]]:
     """Every way to make a token of two others, by falling score of the token made.
 
     Only normal tokens take part: the others are found in the text before, or stand for single bytes.
@@ -119,6 +123,11 @@ def _merges(vocabulary: Vocabulary, scores: np.ndarray) -> list[tuple[str, str]]
     merges = []
     for number in by_score:
         token = vocabulary.tokens[number]
+        if len(token) > MAX_LENGTH or len(merges) > MAX_MERGES * len(known):
+            raise InputError(
+                f"{source}: tokenizer.ggml.tokens is damaged: token {number} has {len(token)} characters, and those "
+                f"before it can be made in {len(merges)} ways; at most {MAX_LENGTH}, and {MAX_MERGES} a token, are read"
+            )
         for cut in range(1, len(token)):
             # Most beginnings are no token: the end is looked up only where the beginning is one.
             if (left := token[:cut]) in known and (right := token[cut:]) in known:

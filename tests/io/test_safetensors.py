@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 
 import ml_dtypes
 import numpy as np
@@ -116,6 +117,7 @@ DAMAGED = {
     "no object": ("[1]", "holds a JSON list"),
     "not UTF-8": (b"\xff", "is no JSON"),
     "twice": (f'{{"w": {_entry()}, "w": {_entry()}}}', "the key 'w' occurs twice"),
+    "half a character": (f'{{"\\ud800": {_entry()}}}', "is no JSON: .* surrogates not allowed"),
     "twice inside": ('{"w": {"dtype": "U8", "dtype": "I8"}}', "the key 'dtype' occurs twice"),
     "metadata": ('{"__metadata__": {"a": 1}}', "__metadata__ must map names to strings"),
     "entry": ('{"w": 1}', "tensor 'w': its entry must hold"),
@@ -146,6 +148,14 @@ def test_damage_is_named(headed, save, case):
         open_safetensors(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_twice_among_many_is_found_at_once(headed, save):
+    header = "{" + "".join(f'"{number}": {_entry()}, ' for number in range(30_000)) + f'"29999": {_entry()}}}'
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="the key '29999' occurs twice"):
+        open_safetensors(save(headed(header.encode())))
+    assert time.perf_counter() - start < 2  # 0.2 s seen; comparing each with each takes 7 s
 
 
 @pytest.mark.parametrize(

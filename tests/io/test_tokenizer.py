@@ -109,6 +109,13 @@ def test_eos():
         tokenizer_from_gguf(tiny(eos_token_id=None)).encode("a", add_eos=True)
 
 
+@pytest.mark.parametrize("name", ["<a:b>", "$A", "$", ":"])
+def test_any_token_may_be_bos(name):
+    """The template that a tokenizer.json holds reads ":" and "$" in its own way."""
+    tokenizer = tokenizer_from_gguf(tiny(tokens=[name, *TOKENS[1:]], add_bos_token=True))
+    assert list(tokenizer.encode("a")) == tokenizer.backend.encode("a").ids == [0, 3]
+
+
 @pytest.mark.parametrize("name", ALIASES)
 def test_other_names_of_a_pre_tokenizer(name):
     fields = {"add_bos_token": None}
@@ -137,6 +144,7 @@ BROKEN = {
     "kinds": ({"token_type": np.zeros(3, np.int32)}, "token_type has 3 entries, tokenizer.ggml.tokens 14"),
     "merge": ({"merges": ["a b", "ab"]}, "entry 1 of tokenizer.ggml.merges, 'ab', is no pair"),
     "merge of no token": ({"merges": ["a zz"]}, "merges: .*zz"),
+    "merge of signs": ({"merges": ["a \0"]}, r"merges: .*\\x00"),
     "bos": ({"bos_token_id": 14}, "bos_token_id is 14; the vocabulary has 14 tokens"),
     "eos": ({"eos_token_id": 2**64 - 1}, "eos_token_id is 18446744073709551615"),
     "negative": ({"eot_token_id": -1}, "eot_token_id is -1"),
@@ -263,6 +271,15 @@ def test_what_is_wrong_with_files_is_named(folder, case):
         tokenizer_from_json(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_id_far_beyond_the_others(folder):
+    """`tokenizers` would count up to it, and note every number on the way."""
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["far"] = 2**32 - 1
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(InputError, match=r"tokenizer\.json: has a token of id 4294967295 among 1\d tokens"):
+        tokenizer_from_json(folder)
 
 
 def test_there_is_no_tokenizer(tmp_path):

@@ -91,6 +91,17 @@ def test_scores_decide():
     assert tokens_of("abcab", {**letters, "ab": -2.0, "bc": -1.0, "abc": -3.0}) == ["abc", "ab"]
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.bool_])
+def test_scores_of_any_kind_of_number(kind):
+    """Of these a minus is another number, or an error."""
+    fields = metadata("plain", tokens=["<unk>", "a", "b", "ab", "ba"], token_type=[2, 1, 1, 1, 1], scores=[0] * 5)
+    fields["tokenizer.ggml.scores"] = np.array([0, 0, 0, 0, 1], kind)
+    for name in ("bos", "eos", "unknown"):
+        fields.pop(f"tokenizer.ggml.{name}_token_id", None)
+    fields["tokenizer.ggml.add_space_prefix"] = False
+    assert tokenizer_from_gguf(fields).encode("aba").tolist() == [1, 4]
+
+
 def test_an_unused_token_is_not_made():
     assert tokens_of("ab", {"a": 0.0, "b": 0.0, "ab": 0.0}) == ["ab"]
     assert tokens_of("ab", {"a": 0.0, "b": 0.0, "ab": 0.0}, unused="ab") == ["a", "b"]
@@ -150,6 +161,8 @@ def test_written_and_read_it_is_the_same(name, tmp_path):
     assert [back.encode(text).tolist() for text in TEXTS] == MODELS[name]["ids"]
 
 
+LONG = [*MODELS["plain"]["tokens"][:-1], "a" * 2000]
+NESTED = ["a" * length for length in range(1, 331)]  # 329 · 330 / 2 ways to make a token of two
 BROKEN = {
     "no scores": ({"scores": None}, "metadata field tokenizer.ggml.scores is missing"),
     "scores": ({"scores": [0.0]}, "tokenizer.ggml.scores has 1 entries, tokenizer.ggml.tokens 330"),
@@ -163,6 +176,11 @@ BROKEN = {
     "blanks": ({"remove_extra_whitespaces": True}, "normalises text .* not supported"),
     "charsmap": ({"precompiled_charsmap": np.ones(4, np.int8)}, "normalises text .* not supported"),
     "prefix": ({"add_space_prefix": 1}, "add_space_prefix is a int, not bool"),
+    "long token": ({"tokens": LONG}, "tokenizer.ggml.tokens is damaged: token 329 has 2000 characters"),
+    "too many merges": (
+        {"tokens": NESTED, "token_type": [1] * 329 + [2]},
+        "can be made in 2.* ways; at most 1024, and",
+    ),
 }
 
 
