@@ -27,7 +27,9 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, help="a Python with torch, bitsandbytes, transformers, gguf")
+    parser.add_argument(
+        "--peers", type=Path, help="a Python with torch, bitsandbytes, transformers, gguf, libggml-python"
+    )
     parser.add_argument("--qwix", type=Path, help="a Python with qwix")
     parser.add_argument("--core", type=int, default=0, help="the core of works that take one thread")
     parser.add_argument("--own", choices=WORKS, help=argparse.SUPPRESS)
@@ -57,6 +59,14 @@ def main() -> None:
     peer(arguments.peers, "nf4")
     row = ours("nf4", pinned=False)
     table.append(_against("nf4 g64 quantize + pack", row, theirs.get("nf4"), "≥", 10.0, "× faster than bitsandbytes"))
+    peer(arguments.peers, "gguf-encode", "ggml-encode", "gguf-decode")
+    row = ours("q4_0", pinned=True)
+    table.append(_against("q4_0 encode, one core", row, theirs.get("gguf-encode"), "≥", 3.0, "× faster than gguf-py"))
+    row = ours("q4_k", pinned=True)
+    table.append(_against("q4_k encode, one core", row, theirs.get("ggml-encode"), "≥", 1.0, "× faster than C ggml"))
+    for name, each in ours("decode", pinned=True).items():
+        title, peer_row = f"{name} decode from a file, one core", theirs.get(f"gguf-decode-{name}")
+        table.append(_against(title, each, peer_row, "≥", 3.0, "× faster than gguf-py"))
     peer(arguments.peers, "smollm2", "--gguf", str(gguf))
     row = ours("smollm2", pinned=False)
     table.append(_against("SmolLM2 perplexity", row, theirs.get("smollm2"), "≥", 2.0, "× transformers' tokens/s"))
@@ -95,7 +105,30 @@ def _nf4() -> Row:
     return _quantize("nf4:g64")
 
 
-def _quantize(spec: str) -> Row:
+def _q4_0() -> Row:
+    return _quantize("q4_0")
+
+
+def _q4_k() -> Row:
+    return _quantize("q4_k", reps=8)
+
+
+def _decode() -> Row:
+    """Random bytes of each block type of a GGUF to a fresh 4096² float32 array, as a checkpoint is read."""
+    import numpy as np
+
+    from jquant.core.formats import GGML_BLOCKS
+    from jquant.io.ggml_blocks import BY_NAME, decode
+
+    rows = {}
+    for block in GGML_BLOCKS.values():
+        row = BY_NAME[block.name.removeprefix("ggml_").upper()]
+        raw = np.random.default_rng(0).integers(0, 256, SIZE * SIZE // row.elements * row.nbytes, dtype=np.uint8)
+        rows[row.name] = _time(lambda row=row, raw=raw: decode(row, raw), 10)
+    return rows
+
+
+def _quantize(spec: str, reps: int = 60) -> Row:
     """Quantize and pack one 4096² float32 matrix, jitted."""
     import jax
     import numpy as np
@@ -105,7 +138,7 @@ def _quantize(spec: str) -> Row:
     weight = jax.device_put(np.random.default_rng(0).standard_normal((SIZE, SIZE), dtype=np.float32))
     quantize = jax.jit(jquant.quantize, static_argnames="scheme")
     scheme = jquant.scheme(spec)
-    return _time(lambda: jax.block_until_ready(quantize(weight, scheme=scheme)), 60)
+    return _time(lambda: jax.block_until_ready(quantize(weight, scheme=scheme)), reps)
 
 
 def _smollm2() -> Row:
@@ -188,6 +221,9 @@ def _sweep() -> Row:
 WORKS: dict[str, Callable[[], Row]] = {
     "int4": _int4,
     "nf4": _nf4,
+    "q4_0": _q4_0,
+    "q4_k": _q4_k,
+    "decode": _decode,
     "smollm2": _smollm2,
     "load": _load,
     "sweep": _sweep,

@@ -2,18 +2,21 @@
 
     PEER_PYTHON scripts/bench_cpu_peers.py int4 int4-packed nf4
     PEER_PYTHON scripts/bench_cpu_peers.py smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf --threads 2
+    PEER_PYTHON scripts/bench_cpu_peers.py gguf-encode ggml-encode gguf-decode
     QWIX_PYTHON scripts/bench_cpu_peers.py qwix
 
-PEER_PYTHON is an environment with torch, bitsandbytes, transformers, gguf and accelerate (and a C++ compiler on the
-path, for torch.compile); QWIX_PYTHON one with jax 0.10.2 and qwix 0.1.8. Each work prints one JSON line: work, peer,
-version, milliseconds (median), milliseconds_min or tokens_per_second (median and best), threads, reps. Works of one
-thread run pinned to one core (--core). Nothing of jquant is imported. All works together took a minute on 2 cores.
+PEER_PYTHON is an environment with torch, bitsandbytes, transformers, gguf, libggml-python and accelerate (and a C++
+compiler on the path, for torch.compile); QWIX_PYTHON one with jax 0.10.2 and qwix 0.1.8. Each work prints one JSON
+line (gguf-decode one a type): work, peer, version, milliseconds (median), milliseconds_min or tokens_per_second (median
+and best), threads, reps. Works of one thread run pinned to one core (--core). Nothing of jquant is imported. All works
+together took a minute and a half on 2 cores.
 """
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -124,6 +127,65 @@ def smollm2(arguments: argparse.Namespace) -> Iterator[Row]:
     }
 
 
+def gguf_encode(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Q4_0 through gguf-py, which is numpy on one core."""
+    os.sched_setaffinity(0, {arguments.core})
+    import gguf
+
+    weight, kind = _weight(), gguf.GGMLQuantizationType.Q4_0
+    yield {"peer": "gguf-py", "version": _version("gguf"), "threads": 1} | _time(
+        lambda: gguf.quants.quantize(weight, kind), max(5, arguments.reps // 4)
+    )
+
+
+def ggml_encode(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Q4_K through ggml's own C code, on one core."""
+    os.sched_setaffinity(0, {arguments.core})
+    import gguf
+
+    files = importlib.metadata.files("libggml-python") or []
+    encode = ctypes.CDLL(
+        str(next(file.locate() for file in files if file.name == "libggml-base.so"))
+    ).ggml_quantize_chunk
+    encode.restype = ctypes.c_size_t
+    encode.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    kind = gguf.GGMLQuantizationType.Q4_K
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    weight, raw = _weight(), np.zeros(SIZE * SIZE // elements * nbytes, np.uint8)
+    yield {"peer": "C ggml", "version": _version("libggml-python"), "threads": 1} | _time(
+        lambda: encode(kind.value, weight.ctypes.data, raw.ctypes.data, 0, SIZE, SIZE, None),
+        max(3, arguments.reps // 12),
+    )
+
+
+def gguf_decode(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Random bytes of each block type to float32 through gguf-py, on one core."""
+    os.sched_setaffinity(0, {arguments.core})
+    import gguf
+
+    for name in (
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "MXFP4",
+        "NVFP4",
+    ):
+        kind = gguf.GGMLQuantizationType[name]
+        elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        raw = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE // elements * nbytes), dtype=np.uint8)
+        with np.errstate(all="ignore"):
+            timing = _time(lambda raw=raw, kind=kind: gguf.quants.dequantize(raw, kind), max(3, arguments.reps // 12))
+        yield {"work": f"gguf-decode-{name}", "peer": "gguf-py", "version": _version("gguf"), "threads": 1} | timing
+
+
 def qwix(arguments: argparse.Namespace) -> Iterator[Row]:
     """int4 in groups of 128 through qwix, jitted, pinned to one core."""
     os.sched_setaffinity(0, {arguments.core})
@@ -143,6 +205,9 @@ WORKS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "int4-packed": int4_packed,
     "nf4": nf4,
     "smollm2": smollm2,
+    "gguf-encode": gguf_encode,
+    "ggml-encode": ggml_encode,
+    "gguf-decode": gguf_decode,
     "qwix": qwix,
 }
 

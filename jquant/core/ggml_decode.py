@@ -192,8 +192,9 @@ def _cut(blocks: Any, start: int, stop: int, run: int, shifts: tuple[int, ...]) 
     first shift, then those at the next."""
     mask = (1 << (8 // len(shifts))) - 1
     if isinstance(blocks, np.ndarray):
-        # Numpy is slow at short inner loops: whole blocks are shifted, and runs are moved as single items.
-        parts = [((blocks >> shift) & mask)[..., start:stop].view(f"V{run}") for shift in shifts]
+        # Numpy is slow at short inner loops: runs are moved as single items, and all bytes are shifted in one loop.
+        packed = np.ascontiguousarray(blocks[..., start:stop].view(f"V{run}")).view(np.uint8)
+        parts = [((packed >> shift if shift else packed) & mask).view(f"V{run}") for shift in shifts]
         return _flat(np.stack(parts, axis=-1).view(np.uint8))
     runs = blocks[..., start:stop].reshape(*blocks.shape[:-1], -1, 1, run)
     codes = (runs >> np.array(shifts, np.uint8)[:, None]) & mask

@@ -6,16 +6,22 @@ import json
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
+from jquant.core.formats import GGML_BLOCKS
+from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.scheme import scheme
 from jquant.io.ggml_blocks import BLOCK_TYPES, BY_ID, BY_NAME, CHUNK, DECODABLE, decode
 from jquant.io.gguf import open_gguf
+from jquant.io.native import open_native, write_native
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "gguf_blocks.npz"
 # Root mean square error on normal numbers of the blocks that C encoded, from SPEC 3; the others are rounding alone.
 RMSE = {"Q4_0": 0.0863, "Q4_K": 0.0712, "Q6_K": 0.0177, "Q8_0": 0.0054, "F32": 0.0}
+FACTS = {block.name.removeprefix("ggml_").upper(): block for block in GGML_BLOCKS.values()}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +88,32 @@ def test_mistakes_are_named(name, nbytes, out, message):
         decode(BY_NAME[name], np.zeros(nbytes, np.uint8), out=out)
 
 
+@pytest.mark.parametrize("spec", ["q4_k", "q8_0", "ggml_nvfp4"])
+def test_a_packed_tensor_is_a_file_s_bytes_and_a_native_checkpoint_keeps_them(spec, tmp_path):
+    """Rows of 500, which no file can hold, only in the native checkpoint."""
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((6, 512), np.float32))
+    q, ragged = (quantize(each, scheme(spec)) for each in (x, x[:, :500]))
+    row = BY_NAME[spec.removeprefix("ggml_").upper()]
+    assert q.nbytes * row.elements == x.size * row.nbytes
+    np.testing.assert_array_equal(decode(row, np.asarray(q.planes[0]).reshape(-1)).reshape(x.shape), dequantize(q))
+    write_native(tmp_path / "saved", {"whole": q, "ragged": ragged}, {})
+    opened = open_native(tmp_path / "saved")
+    assert {opened.tensors[name].type for name in opened.names} == {spec}
+    for name, tensor in (("whole", q), ("ragged", ragged)):
+        back = opened.read(name)
+        assert isinstance(back, QTensor)
+        assert back.scheme == scheme(spec)
+        assert opened.tensors[name].nbytes == tensor.nbytes
+        np.testing.assert_array_equal(dequantize(back), dequantize(tensor))
+
+
 def test_the_table_has_no_row_twice():
     assert len(BY_ID) == len(BY_NAME) == len(BLOCK_TYPES)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_table_and_core_agree_on_sizes(name):
+    assert (BY_NAME[name].elements, BY_NAME[name].nbytes) == (FACTS[name].elements, FACTS[name].nbytes)
 
 
 @pytest.mark.slow
