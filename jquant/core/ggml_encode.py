@@ -74,7 +74,10 @@ def mxfp4(x: Float32[Array, "*n elements"]) -> UInt8[Array, "*n bytes"]:
 
 
 def nvfp4(x: Float32[Array, "*n elements"]) -> UInt8[Array, "*n bytes"]:
-    """In sub-blocks of 16: s = max|x| / 6 as an unsigned e4m3, rounded half up; the nearest level of x / (s / 2)."""
+    """In sub-blocks of 16: s = max|x| / 6 as an unsigned e4m3, rounded half up; the nearest level of x / (s / 2).
+
+    Like ggml's, it has no room for an infinity, which comes out as the largest value.
+    """
     parts = x.reshape(*x.shape[:-1], 4, 16)
     scale = _ue4m3(exact_divide(_absmax(parts), 6.0))
     codes = _e2m1(parts, jnp.broadcast_to(halved_ue4m3(scale), parts.shape))

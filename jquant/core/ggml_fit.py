@@ -57,6 +57,7 @@ def best_scale_and_minimum(
     weights: Float32[Array, "*s elements groups"] | None,
     top: int,
     targets: np.ndarray,
+    *,
     polish: int = 2,
 ) -> tuple[Float32[Array, "*s groups"], Float32[Array, "*s groups"]]:
     """The s ≥ 0 and m ≥ 0 of least Σ w (x − s·q + m)², codes q from 0 to `top`.
@@ -66,8 +67,10 @@ def best_scale_and_minimum(
         weights: of the squared errors; None weighs all alike.
         top: the largest code.
         targets: float32, the codes that the largest element starts from.
+        polish: steps that round by the best found and solve again.
 
-    Sums are taken of y = x − lowest, lest large offsets eat their digits.
+    With q fixed, s and m solve two linear equations; a minimum below 0 cannot be stored and becomes 0. Sums are taken of
+    y = x − lowest, lest large offsets eat their digits.
     """
     lowest, highest = jnp.minimum(jnp.min(x, axis=-2), 0.0), jnp.max(x, axis=-2)
     y, span = x - lowest[..., None, :], highest - lowest
