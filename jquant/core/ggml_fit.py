@@ -69,7 +69,7 @@ def best_scale_and_minimum(
         targets: float32, the codes that the largest element starts from.
         polish: steps that round by the best found and solve again.
 
-    With q fixed, s and m solve two linear equations; a minimum below 0 cannot be stored and becomes 0. Sums are taken of
+    With q fixed, s and m solve two linear equations; a minimum below 0 cannot be stored and becomes 0. Sums are of
     y = x − lowest, lest large offsets eat their digits.
     """
     lowest, highest = jnp.minimum(jnp.min(x, axis=-2), 0.0), jnp.max(x, axis=-2)
