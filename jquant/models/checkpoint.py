@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +25,8 @@ from jquant.io import native
 from jquant.io.gguf import GGUFFile, open_gguf
 from jquant.io.hf_directory import HFDirectory, open_hf_directory
 from jquant.io.locate import locate_model
-from jquant.io.mapped import ALIGNMENT, aligned_empty
-from jquant.io.tokenizer import Tokenizer, tokenizer_from_json
+from jquant.io.mapped import ALIGNMENT, aligned_empty, shown
+from jquant.io.tokenizer import Tokenizer, one_line, tokenizer_from_json
 from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
@@ -42,6 +42,8 @@ _DERIVED = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope_freqs\.weight"
     r"|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"  # GPT-2's causal mask
 )
+
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")  # in tensor names; written so, no two names mean one place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,9 @@ _scales = jax.jit(QTensor.scales)
 
 def _open_gguf(name: str, path: Path) -> Checkpoint:
     file = open_gguf(path)
-    config = _with_rope_divisors(config_from_gguf(file.metadata, file.tensors, str(path)), file)
+    depth = file.metadata.get(f"{file.metadata.get('general.architecture')}.block_count")
+    config = _read_config(partial(config_from_gguf, file.metadata, file.tensors, str(path)), depth, file.tensors, path)
+    config = _with_rope_divisors(config, file)
     names = [tensor for tensor in file.tensors if not _DERIVED.fullmatch(tensor)]
     table = gguf_tensors(file.metadata["general.architecture"])
     readers = _readers(names, table, partial(_read_gguf, file), config, path)
@@ -203,7 +207,9 @@ def _open_gguf(name: str, path: Path) -> Checkpoint:
 
 def _open_hf(name: str, path: Path) -> Checkpoint:
     folder = open_hf_directory(path)
-    config = config_from_hf(folder.config, str(path / "config.json"))
+    source = path / "config.json"
+    depth = folder.config.get("num_hidden_layers")
+    config = _read_config(partial(config_from_hf, folder.config, str(source)), depth, folder.tensors, source)
     if "quantization_config" in folder.config:
         method = folder.config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
@@ -232,6 +238,24 @@ def _open_native(name: str, path: Path) -> Checkpoint:
         weights_sha256=lambda: opened.sha256,
         tokenizer_reader=lambda: tokenizer_from_json(path),
     )
+
+
+def _read_config(read: Callable[[], ModelConfig], depth: object, tensors: Collection[str], source: Path) -> ModelConfig:
+    """`read()` of a stranger's config, whose fields may be of any kind and whose number of blocks any number.
+
+    `depth` is that number as the file has it; a block has at least one tensor.
+    """
+    if type(depth) is int and depth > len(tensors):
+        raise InputError(
+            f"{source}: its config asks for {depth} blocks and there are tensors for {len(tensors)} at most: "
+            "the checkpoint is incomplete"
+        )
+    try:
+        return read()
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{source}: the model config is damaged: {one_line(error)}") from error
 
 
 def _with_rope_divisors(config: ModelConfig, file: GGUFFile) -> ModelConfig:
@@ -266,15 +290,17 @@ def _readers(
     readers: dict[str, Reader] = {}
     stacks: dict[str, dict[int, Reader]] = {}
     for tensor in tensors:
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", tensor)
-        template = re.sub(r"(?<=\.)\d+(?=\.)", "{}", tensor)
+        numbers = _NUMBER.findall(tensor)
+        template = _NUMBER.sub("{}", tensor)
         if template not in table:
-            raise InputError(f"{path}: tensor {tensor!r} has no place in a {config.architecture} decoder")
+            raise InputError(f"{path}: tensor {shown(tensor)} has no place in a {config.architecture} decoder")
         for template_of_ours, transform in table[template]:
             ours = template_of_ours.format(*numbers[:1])
-            reader = partial(_transformed, read, tensor, transform, config)
+            reader = partial(_transformed, read, tensor, transform, config, f"{path}: tensor for {ours}")
             if len(numbers) == 2:
                 stacks.setdefault(ours, {})[int(numbers[1])] = reader
+            elif ours in readers:  # some families' tensors go by either of two names
+                raise InputError(f"{path}: tensor {shown(tensor)} is not the only one for {ours}")
             else:
                 readers[ours] = reader
     for ours, experts in stacks.items():
@@ -282,18 +308,29 @@ def _readers(
             raise InputError(
                 f"{path}: tensors for {ours} of {len(experts)} experts, its config asks for {config.num_experts}"
             )
-        readers[ours] = partial(_stacked, [experts[index] for index in range(config.num_experts)])
+        readers[ours] = partial(_stacked, [experts[index] for index in range(config.num_experts)], ours, path)
     return readers
 
 
 def _transformed(
-    read: Callable[[str], np.ndarray], tensor: str, transform: Transform, config: ModelConfig
+    read: Callable[[str], np.ndarray], tensor: str, transform: Transform, config: ModelConfig, what: str
 ) -> np.ndarray:
-    return transform(read(tensor), config)
+    array = read(tensor)
+    if not jnp.issubdtype(array.dtype, jnp.floating):  # a transform may make floats of it
+        raise InputError(f"{what} has dtype {array.dtype}, weights must be floats")
+    if not array.ndim:
+        raise InputError(f"{what} is a single number, weights are vectors and matrices")
+    return transform(array, config)
 
 
-def _stacked(readers: list[Reader]) -> np.ndarray:
-    return np.stack([np.asarray(reader()) for reader in readers])
+def _stacked(readers: list[Reader], ours: str, path: Path) -> np.ndarray:
+    matrices = [np.asarray(reader()) for reader in readers]
+    shapes = list(dict.fromkeys(matrix.shape for matrix in matrices))
+    if len(shapes) > 1:
+        raise InputError(f"{path}: tensors for {ours} of one expert have shape {shapes[0]}, of another {shapes[1]}")
+    if len({matrix.dtype for matrix in matrices}) > 1:  # numpy knows no common dtype of bfloat16 and float16
+        matrices = [matrix.astype(np.float32) for matrix in matrices]
+    return np.stack(matrices)
 
 
 def _gguf_note(file: GGUFFile) -> str:

@@ -266,6 +266,9 @@ def test_a_damaged_config_record_is_refused(change, message):
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
+MIXTRAL = "model.layers.0.block_sparse_moe.experts"
+
+
 def _refused(folder: Path, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         load_model(folder)
@@ -292,6 +295,34 @@ def test_both_kinds_of_checkpoint_fill_the_same_weights(hf, gguf):
     theirs = {path for entries in gguf_tensors(gguf).values() for path, _ in entries}
     assert ours <= theirs
     assert all(path.count("{}") == (1 if path.startswith("blocks.") else 0) for path in ours | theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": ["silu"]}, "the model config is damaged: .*list"),
+        ({"rope_parameters": {"full_attention": 3}}, "the model config is damaged: .*int"),
+        ({"model_type": "gemma2", "num_hidden_layers": 2**62}, "asks for 4611686018427387904 blocks"),
+        ({"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 0}, "the model config is damaged"),
+    ],
+)
+def test_a_config_of_any_values_is_refused_at_once(altered, change, message):
+    _refused(altered(config=change), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "message"),
+    [
+        ("llama_b", {"model.norm.weight": np.float32(1).reshape(())}, r"head\.norm\.weight is a single number"),
+        ("family_gpt2", {"wte.weight": np.ones((4, 4), np.float32)}, "is not the only one for embed.weight"),
+        ("family_gemma3_text", {"model.norm.weight": np.ones(32, np.int8)}, r"head\.norm\.weight has dtype int8"),
+        ("family_mixtral", {f"{MIXTRAL}.0.w1.weight": np.ones((2, 2), np.float32)}, "of one expert have shape"),
+        ("family_mixtral", {f"{MIXTRAL}.00.w1.weight": np.ones((2, 2), np.float32)}, "has no place"),
+        ("family_mixtral", {f"{MIXTRAL}.{'9' * 5000}.w1.weight": np.ones((2, 2), np.float32)}, "has no place"),
+    ],
+)
+def test_a_tensor_that_cannot_be_the_one_meant_is_refused(altered, name, tensors, message):
+    _refused(altered(name, tensors=tensors), message)
 
 
 def test_an_unmapped_tensor_is_an_error(altered):
