@@ -19,7 +19,7 @@ from jquant.core.division import exact_divide, exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Element, GGMLBlock, Int
 from jquant.core.ggml_rows import block_scales, decode_rows, encode_rows
-from jquant.core.scales import IN_BLOCKS, StoredScale, encoding_scale
+from jquant.core.scales import IN_BLOCKS, NestedScale, StoredScale, encoding_scale
 from jquant.core.scheme import Scheme
 
 
@@ -167,8 +167,13 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*bat
     return from_tiles(levels * spread(q.scales()), q.matrix_shape).astype(q.dtype if dtype is None else dtype)
 
 
-def choose_parameters(tiles: Float32[Array, "*batch r tr c tc"], scheme: Scheme) -> Parameters:
-    """Scales and zero points from the range of each tile (SPEC 1 and 2)."""
+def choose_parameters(
+    tiles: Float32[Array, "*batch r tr c tc"], scheme: Scheme, *, outer: Array | None = None
+) -> Parameters:
+    """Scales and zero points from the range of each tile (SPEC 1 and 2).
+
+    `outer` is the second level of a nested scale where the tiles are a part of a matrix; by default they are all of it.
+    """
     if scheme.zero_point == "integer":
         highest, lowest = jnp.maximum(_over_tile(jnp.max, tiles), 0.0), jnp.minimum(_over_tile(jnp.min, tiles), 0.0)
         codes = _integer(scheme.element).highest_code
@@ -178,7 +183,10 @@ def choose_parameters(tiles: Float32[Array, "*batch r tr c tc"], scheme: Scheme)
         return Parameters(stored, scale, jnp.clip(jnp.round(exact_ratio(-lowest, scale)), 0, codes))
     absmax = _over_tile(_largest_magnitude, tiles)
     target = scheme.scale.target(absmax, scheme.element)
-    stored = scheme.scale.store(target, absmax, scheme.element)
+    if isinstance(scheme.scale, NestedScale):
+        stored = scheme.scale.store(target, absmax, scheme.element, outer=outer)
+    else:
+        stored = scheme.scale.store(target, absmax, scheme.element)
     return Parameters(stored, encoding_scale(scheme.scale, target, stored), None)
 
 

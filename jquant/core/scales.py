@@ -145,17 +145,22 @@ class NestedScale:
     def target(self, absmax: Float32[Array, "..."], element: Element) -> Float32[Array, "..."]:
         return exact_divide(absmax, element.reach)
 
-    def store(self, target: Float32[Array, "..."], absmax: Array | None, element: Element) -> StoredScale:
-        reach, source = (1.0, target) if absmax is None else (element.reach, absmax)
-        peak = jnp.max(source, axis=(-2, -1), keepdims=True)
+    def store(
+        self, target: Float32[Array, "..."], absmax: Array | None, element: Element, *, outer: Array | None = None
+    ) -> StoredScale:
+        if outer is None:
+            reach, source = (1.0, target) if absmax is None else (element.reach, absmax)
+            outer = self.outer(jnp.max(source, axis=(-2, -1), keepdims=True), reach)
+        scaled = jnp.maximum(outer * target, E4M3.smallest)
+        zeros = 1.0 if _has_zero(element) else E4M3.smallest
+        return StoredScale(E4M3.encode(jnp.where(target > 0, scaled, zeros)), scale2=outer)
+
+    def outer(self, peak: Float32[Array, "..."], reach: float) -> Float32[Array, "..."]:
+        """g of matrices whose largest magnitude is `peak`."""
         # Reciprocal first, as torch divides a number by an array: then g has compressed-tensors' bits. The reciprocal
         # is taken 2⁸ times too large, lest that of a peak above 2¹²⁶ be subnormal and flushed.
         reciprocal = exact_ratio(jnp.full_like(peak, 256), jnp.where(peak < _SMALLEST_PEAK, 1.0, peak))
-        g = reciprocal * np.float32(E4M3.max * reach / 256)
-        g = jnp.where(peak < _SMALLEST_PEAK, 1.0, g)
-        scaled = jnp.maximum(g * target, E4M3.smallest)
-        zeros = 1.0 if _has_zero(element) else E4M3.smallest
-        return StoredScale(E4M3.encode(jnp.where(target > 0, scaled, zeros)), scale2=g)
+        return jnp.where(peak < _SMALLEST_PEAK, 1.0, reciprocal * np.float32(E4M3.max * reach / 256))
 
     def load(self, stored: StoredScale) -> Float32[Array, "..."]:
         assert stored.scale2 is not None
@@ -214,6 +219,13 @@ class DoubleQuantizedScale:
 
 
 ScaleFormat = FloatScale | PowerOfTwoScale | NestedScale | DoubleQuantizedScale
+
+
+def outer_scale(scale_format: ScaleFormat, x: Float32[Array, "*batch out in"], element: Element) -> Array | None:
+    """The second level that belongs to a whole matrix, [..., 1, 1]; None where the format has none of that kind."""
+    if not isinstance(scale_format, NestedScale):
+        return None
+    return scale_format.outer(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), element.reach)
 
 
 def encoding_scale(scale_format: ScaleFormat, target: Array, stored: StoredScale) -> Float32[Array, "..."]:
