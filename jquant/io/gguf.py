@@ -20,7 +20,7 @@ import numpy as np
 
 from jquant.core.errors import InputError
 from jquant.io.ggml_blocks import BY_ID, BY_NAME, DECODABLE, decode
-from jquant.io.mapped import TensorInfo, check_disjoint, map_file, shown
+from jquant.io.mapped import TensorInfo, check_disjoint, check_memory, map_file, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -41,6 +41,7 @@ NUMBERS = {  # enum gguf_type
     12: np.dtype("<f8"),
 }
 _U64 = struct.Struct("<Q")
+ENTRY_MEMORY, STRING_MEMORY = 1024, 64  # bytes in memory, at most: of a field or tensor, of a string in an array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,7 +113,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
-    cursor.expect(count, 8 + 4 + 1, "metadata fields")
+    cursor.expect(count, 8 + 4 + 1, "metadata fields", ENTRY_MEMORY)
     metadata: dict[str, Any] = {}
     for index in range(count):
         key = cursor.string(f"the name of metadata field {index}")
@@ -147,7 +148,7 @@ class _Entry:
 
 
 def _read_tensor_entries(cursor: _Cursor, count: int) -> list[_Entry]:
-    cursor.expect(count, 8 + 4 + 4 + 8, "tensors")
+    cursor.expect(count, 8 + 4 + 4 + 8, "tensors", ENTRY_MEMORY)
     entries: dict[str, _Entry] = {}
     for index in range(count):
         name = cursor.string(f"the name of tensor {index}")
@@ -217,11 +218,17 @@ class _Cursor:
         self.position = 0
         self._data = data.data
         self._size = data.size
+        self._memory = 0  # bytes that what is listed so far takes
 
-    def expect(self, count: int, least: int, what: str) -> None:
-        """Refuses a count whose items, of at least `least` bytes each, cannot fit into the rest of the file."""
+    def expect(self, count: int, least: int, what: str, memory: int) -> None:
+        """Refuses a count whose items, of at least `least` bytes each, cannot fit into the rest of the file.
+
+        Also one of items, of `memory` bytes each once they are read, that with all before would take too much.
+        """
         if count > (self._size - self.position) // least:
             raise InputError(f"{self.path}: claims {count} {what}, more than its {self._size} bytes can hold")
+        self._memory += count * memory
+        check_memory(self._memory, self._size, f"{self.path}: the {count} {what}")
 
     def take(self, count: int, what: str) -> memoryview:
         """The next `count` bytes."""
@@ -249,7 +256,7 @@ class _Cursor:
 
     def strings(self, count: int, what: str) -> list[str]:
         """A string array. A vocabulary has 50,000 entries and more, so the loop is written for speed."""
-        self.expect(count, 8, f"strings in {what}")
+        self.expect(count, 8, f"strings in {what}", STRING_MEMORY)
         data, size, position, unpack = self._data, self._size, self.position, _U64.unpack_from
         texts: list[str] = []
         try:

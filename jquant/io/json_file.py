@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jquant.core.errors import InputError
+from jquant.io.mapped import check_memory
 
 _SURROGATE = re.compile(rb"\\u[dD]")
 
@@ -31,12 +32,15 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def parse_json(text: bytes, what: str) -> dict[str, Any]:
+def parse_json(text: bytes, what: str, *, size: int | None = None) -> dict[str, Any]:
     """The object in UTF-8 JSON text in which no key occurs twice; `what` names the text in errors.
+
+    `size` is that of the file that the text is a part of.
 
     An escape of half a character ("\\ud800"), which Python's parser lets pass, is refused: such a text can be neither a
     file's name nor printed.
     """
+    check_memory(_memory(text), len(text) if size is None else size, what)
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         if _SURROGATE.search(text):
@@ -48,6 +52,15 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{what}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _memory(text: bytes) -> int:
+    """Bytes that the parsed text takes at most: a list or object with a margin, what is in it, and the decoded text.
+
+    Counted are signs, those within strings too: 60,000 tensors of a header come to 80 MB, and take 50.
+    """
+    items = text.count(b",") + text.count(b":")
+    return 130 * items + 72 * (text.count(b"[") + text.count(b"{")) + len(text) * (2 if text.isascii() else 5)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

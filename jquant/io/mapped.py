@@ -66,6 +66,18 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
+MARGIN = 64 << 20  # bytes
+
+
+def check_memory(cost: int, size: int, what: str) -> None:
+    """Raises InputError where what is listed in a file of `size` bytes would take much more memory than the file.
+
+    A Python object takes tens of bytes and may be listed in two or three, so a bound on each count is not enough.
+    """
+    if cost > 2 * size + MARGIN:
+        raise InputError(f"{what}: would take some {cost >> 20} MiB of memory to list, far beyond its own {size} bytes")
+
+
 def check_disjoint(tensors: Iterable[TensorInfo], path: Path) -> None:
     """Raises InputError naming the pair where two tensors of a file share a byte."""
     previous: TensorInfo | None = None

@@ -90,7 +90,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(MAX_HEADER, data.size - 8):
         raise InputError(f"{path}: is truncated or no safetensors file: a header of {length} bytes in {data.size}")
-    header = parse_json(data[8 : 8 + length].tobytes(), f"{path}: the header")
+    header = parse_json(data[8 : 8 + length].tobytes(), f"{path}: the header", size=data.size)
     metadata = _check_metadata(header.pop("__metadata__", {}), path)
     start = 8 + length
     tensors = {name: _tensor_info(name, entry, start, data.size, path) for name, entry in header.items()}

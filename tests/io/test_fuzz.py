@@ -35,15 +35,8 @@ FAMILIES = ("llama", "qwen2", "qwen3moe", "gemma2", "gemma3", "phi3", "gpt2")  #
 CHECKPOINTS = tuple(f"checkpoint {name}" for name in (*FOLDERS, "llama_b.gguf", *FAMILIES))
 
 
-def batches(cases: dict[str, int], size: int) -> list[str]:
-    """SEED:FIRST:COUNT, as fuzz.py takes them."""
-    return [
-        f"{name}:{first}:{min(size, count - first)}" for name, count in cases.items() for first in range(0, count, size)
-    ]
-
-
 def run(batch: Iterable[str]) -> list[list]:
-    """The records of the cases: [seed, number, mutator, outcome, bytes, seconds]."""
+    """Runs SEED:FIRST:COUNT …; the records of the cases: [seed, number, mutator, outcome, bytes, seconds]."""
     command = [sys.executable, "-W", "error", "-m", "tests.io.fuzz", *batch]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
@@ -61,22 +54,17 @@ def run(batch: Iterable[str]) -> list[list]:
     if process.returncode != 0:
         at = lines.index(next((line for line in lines if line.startswith("FAILED")), lines[-1] if lines else ""))
         pytest.fail(
-            f"{' '.join(command[1:])}: {ended}; the case is the one after {records[-1:] or 'none'}, or:\n"
-            + "\n".join(lines[at : at + 40])
-            + errors[-2000:]
+            f"{ended}; the case is below, or the one after {records[-1:] or 'none'}; to repeat it, python -W error -m "
+            "tests.io.fuzz SEED:NUMBER:1\n" + "\n".join(lines[at : at + 40]) + errors[-2000:]
         )
     return records
 
 
-def run_all(cases: dict[str, int], *, size: int, workers: int) -> list[list]:
-    """All cases in `workers` processes at a time, each of which takes an equal share of the batches."""
-    todo = batches(cases, size)
-    with ThreadPoolExecutor(workers) as pool:
-        return [
-            record
-            for records in pool.map(run, (todo[first::workers] for first in range(workers)))
-            for record in records
-        ]
+def halves(cases: dict[str, int]) -> list[list]:
+    """The cases of each seed, half of them in each of two processes."""
+    parts = [[f"{name}:{part * (count // 2)}:{count // 2}" for name, count in cases.items()] for part in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        return [record for records in pool.map(run, parts) for record in records]
 
 
 def table(records: list[list]) -> str:
@@ -100,20 +88,20 @@ def both_ends(records: list[list]) -> None:
 
 
 def test_damaged_files_give_a_result_or_a_typed_error():
-    records = run_all({name: 10 * share for name, share in READERS}, size=1000, workers=1)
+    records = run(f"{name}:0:{10 * share}" for name, share in READERS)
     assert len(records) == 300
     both_ends(records)
 
 
 def test_damaged_checkpoints_give_a_model_or_a_typed_error():
-    records = run(batches(dict.fromkeys(CHECKPOINTS, 7), 7))
+    records = run(f"{name}:0:7" for name in CHECKPOINTS)
     assert len(records) == 105
 
 
 @pytest.mark.slow
 def test_twenty_thousand_damaged_files(capsys):
     cases = {name: 620 * share for name, share in READERS} | dict.fromkeys(CHECKPOINTS, 100) | {"demo.gguf": 100}
-    records = run_all(cases, size=50, workers=2)
+    records = halves(cases)
     assert len(records) == sum(cases.values()) >= 20_000
     both_ends(records)
     with capsys.disabled():

@@ -166,6 +166,32 @@ def test_no_count_drives_an_allocation(save):
         assert peak < 8 << 20
 
 
+@pytest.mark.parametrize(
+    ("what", "field_count", "count", "rest"),
+    [
+        ("metadata fields", 80_000, 0, b""),
+        ("tensors", 0, 80_000, b""),
+        ("strings in metadata field 'key'", 1, 0, _field(9, struct.pack("<IQ", 8, 1_500_000))),
+    ],
+)
+def test_what_would_take_far_more_memory_than_the_file_is_refused(save, what, field_count, count, rest):
+    """Such counts fit into files of 3 to 12 MB. Here nothing follows: they are refused before anything is read."""
+    body = 12 << 20 if rest else 3 << 20
+    path = save(_file(fields=rest, field_count=field_count, count=count, body=body))
+    with pytest.raises(InputError, match=rf"the \d+ {what}: would take some \d+ MiB"):
+        open_gguf(path)
+
+
+def test_strings_take_the_memory_they_are_counted_for(save):
+    strings = 200_000 * (struct.pack("<Q", 2) + b"ab")
+    path = save(_file(fields=_field(9, struct.pack("<IQ", 8, 200_000)) + strings, field_count=1))
+    tracemalloc.start()
+    assert len(open_gguf(path).metadata["key"]) == 200_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000 * 64
+
+
 @pytest.mark.parametrize("place", ["folder", "missing"])
 def test_a_path_that_is_no_file(tmp_path, place):
     with pytest.raises(InputError, match="cannot be read"):

@@ -150,6 +150,14 @@ def test_damage_is_named(headed, save, case):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("unit", ["[],", '{"a":1},', "257,", '"ab",'])
+def test_json_that_would_take_far_more_memory_than_the_file_is_refused(headed, save, unit):
+    """Of empty lists the parsed text takes 24 times its bytes."""
+    header = '{"w": [' + unit * 600_000 + "0]}"
+    with pytest.raises(InputError, match=r"the header: would take some \d+ MiB of memory"):
+        open_safetensors(save(headed(header.encode())))
+
+
 def test_a_key_twice_among_many_is_found_at_once(headed, save):
     header = "{" + "".join(f'"{number}": {_entry()}, ' for number in range(30_000)) + f'"29999": {_entry()}}}'
     start = time.perf_counter()
