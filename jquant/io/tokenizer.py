@@ -118,7 +118,7 @@ def tokenizer_from_json(path: str | os.PathLike[str]) -> Tokenizer:
     named_eos = _token_named_in(config, "eos_token", backend, config_file)
     bos = [*named_bos, *_ids_in(generation, "bos_token_id", generation_file)]
     eos = [*_ids_in(generation, "eos_token_id", generation_file), *named_eos]
-    around = backend.encode("").ids
+    around = _ids_around_nothing(backend, file)
     return checked_tokenizer(
         file,
         backend=backend,
@@ -141,6 +141,16 @@ def _parse_backend(file: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _ids_around_nothing(backend: tokenizers.Tokenizer, file: Path) -> list[int]:
+    """What the post-processor adds to an empty text."""
+    try:
+        return backend.encode("").ids
+    except BaseException as error:  # a panic of Rust's, as at a token that the file defines nowhere, is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{file}: its post-processor fails on an empty text: {one_line(error)}") from error
 
 
 def _token_named_in(config: dict[str, Any], key: str, backend: tokenizers.Tokenizer, file: Path) -> list[int]:
@@ -181,7 +191,7 @@ def checked_tokenizer(source: str | Path, **fields: Any) -> Tokenizer:
         raise InputError(f"{source}: {error}") from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error that others raised, short enough for ours; what cannot be printed is escaped."""
     text = " ".join(str(error).split())[:200]
     return text if text.isprintable() else repr(text)[1:-1]

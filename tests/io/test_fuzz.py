@@ -52,10 +52,12 @@ def run(batch: Iterable[str]) -> list[list]:
     lines = output.splitlines()
     records = [json.loads(line) for line in lines if line.startswith('["')]
     if process.returncode != 0:
-        at = lines.index(next((line for line in lines if line.startswith("FAILED")), lines[-1] if lines else ""))
+        failed = [index for index, line in enumerate(lines) if line.startswith("FAILED")]
+        shown = lines[failed[0] : failed[0] + 40] if failed else errors.splitlines()[-40:]
         pytest.fail(
-            f"{ended}; the case is below, or the one after {records[-1:] or 'none'}; to repeat it, python -W error -m "
-            "tests.io.fuzz SEED:NUMBER:1\n" + "\n".join(lines[at : at + 40]) + errors[-2000:]
+            f"{ended}, last {lines[-1:]}, {len(failed)} cases failed; to repeat one: python -W error -m tests.io.fuzz "
+            + "SEED:NUMBER:1\n"
+            + "\n".join([*(lines[index] for index in failed), "", *shown])
         )
     return records
 

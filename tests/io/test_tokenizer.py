@@ -273,6 +273,21 @@ def test_what_is_wrong_with_files_is_named(folder, case):
     assert "\n" not in str(caught.value)
 
 
+def test_a_post_processor_of_a_token_that_is_not_defined(folder):
+    """At which Rust panics."""
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "nope", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": {},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(InputError, match=r"tokenizer\.json: its post-processor fails on an empty text: no entry found"):
+        tokenizer_from_json(folder)
+
+
 def test_an_id_far_beyond_the_others(folder):
     """`tokenizers` would count up to it, and note every number on the way."""
     definition = json.loads((folder / "tokenizer.json").read_text())
