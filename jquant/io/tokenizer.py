@@ -6,11 +6,12 @@ and ends with EOS. `tokenizer_gguf` makes the same of a GGUF's metadata.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     add_bos: bool  # whether the checkpoint wants BOS before every text
     add_eos: bool = False  # whether it wants the first of `eos_ids` after every text
+    source: str = field(default="the tokenizer", repr=False)  # its file's name, for errors
 
     def __post_init__(self) -> None:
         if self.add_bos and self.bos_id is None:
@@ -59,7 +61,8 @@ class Tokenizer:
             int32[tokens].
 
         Raises:
-            InputError: BOS or EOS is asked for and there is none, or the text is not valid Unicode.
+            InputError: BOS or EOS is asked for and there is none, the text is not valid Unicode, or the tokenizer is
+                damaged in a way that shows only here.
         """
         first = [self.bos_id] if (self.add_bos if add_bos is None else add_bos) else []
         last = list(self.eos_ids[:1] or [None]) if (self.add_eos if add_eos is None else add_eos) else []
@@ -71,7 +74,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from error
-        ids = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with _failures_named(f"{self.source}: fails on a text"):
+            ids = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return np.array([*first, *ids, *last], np.int32)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -80,7 +84,8 @@ class Tokenizer:
         Ids past the vocabulary (padding rows of an embedding) have no text and add none. Bytes that are no UTF-8 show
         as U+FFFD.
         """
-        return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special)
+        with _failures_named(f"{self.source}: fails on token ids"):
+            return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -118,7 +123,8 @@ def tokenizer_from_json(path: str | os.PathLike[str]) -> Tokenizer:
     named_eos = _token_named_in(config, "eos_token", backend, config_file)
     bos = [*named_bos, *_ids_in(generation, "bos_token_id", generation_file)]
     eos = [*_ids_in(generation, "eos_token_id", generation_file), *named_eos]
-    around = _ids_around_nothing(backend, file)
+    with _failures_named(f"{file}: its post-processor fails on an empty text"):
+        around = backend.encode("").ids
     return checked_tokenizer(
         file,
         backend=backend,
@@ -131,26 +137,14 @@ def tokenizer_from_json(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _parse_backend(file: Path) -> tokenizers.Tokenizer:
     """The definition alone: a file may also ask for truncation and padding, which would silently cut texts."""
-    try:
+    with _failures_named(f"{file}: is no tokenizer that `tokenizers` reads"):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more exact
-        raise InputError(f"{file}: is no tokenizer that `tokenizers` reads: {one_line(error)}") from error
     ids = backend.get_vocab(with_added_tokens=True).values()
     if max(ids, default=0) > len(ids) + MAX_GAP:  # `tokenizers` visits every number on the way when it writes itself
         raise InputError(f"{file}: has a token of id {max(ids)} among {len(ids)} tokens: the file is damaged")
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _ids_around_nothing(backend: tokenizers.Tokenizer, file: Path) -> list[int]:
-    """What the post-processor adds to an empty text."""
-    try:
-        return backend.encode("").ids
-    except BaseException as error:  # a panic of Rust's, as at a token that the file defines nowhere, is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputError(f"{file}: its post-processor fails on an empty text: {one_line(error)}") from error
 
 
 def _token_named_in(config: dict[str, Any], key: str, backend: tokenizers.Tokenizer, file: Path) -> list[int]:
@@ -186,9 +180,22 @@ def _flag(config: dict[str, Any], key: str, file: Path, default: bool) -> bool:
 def checked_tokenizer(source: str | Path, **fields: Any) -> Tokenizer:
     """The tokenizer of these fields, its constructor's errors led by the file's name."""
     try:
-        return Tokenizer(**fields)
+        return Tokenizer(source=str(source), **fields)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+@contextlib.contextmanager
+def _failures_named(what: str) -> Iterator[None]:
+    """What `tokenizers` raises, which is nothing exact, as an InputError; its panics too, which are no Exception."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -306,10 +306,9 @@ _ODD = (
 def json_node(raw: bytes, rng: np.random.Generator) -> bytes:
     """One value anywhere in a JSON text becomes an odd one."""
     value = json.loads(raw)
-    if rng.random() < 0.15:  # the names of large objects leave little chance to others
+    if rng.random() < 0.05:
         value = {"": value}
-    parents = _parents(value)
-    parent, key = _pick(rng, parents)
+    parent, key = _place(value, rng)
     parent[key] = "@odd@"
     odd = _pick(rng, _DEEP) if rng.random() < 0.05 else _pick(rng, _ODD)
     return json.dumps(value, ensure_ascii=False).replace('"@odd@"', odd).encode()
@@ -318,8 +317,7 @@ def json_node(raw: bytes, rng: np.random.Generator) -> bytes:
 def json_swap(raw: bytes, rng: np.random.Generator) -> bytes:
     """Two values change places, or one is copied over another."""
     value = json.loads(raw)
-    parents = _parents(value)
-    (one, here), (two, there) = _pick(rng, parents), _pick(rng, parents)
+    (one, here), (two, there) = _place(value, rng), _place(value, rng)
     copied = json.loads(json.dumps([one[here], two[there]]))
     two[there] = copied[0]
     if rng.random() < 0.5:
@@ -330,8 +328,9 @@ def json_swap(raw: bytes, rng: np.random.Generator) -> bytes:
 def json_key(raw: bytes, rng: np.random.Generator) -> bytes:
     """A key is gone, renamed, or there twice."""
     value = json.loads(raw)
-    objects = [(parent, key) for parent, key in _parents(value) if isinstance(parent, dict)]
-    parent, key = _pick(rng, objects)
+    parent, key = _place(value, rng)
+    while not isinstance(parent, dict):
+        parent, key = _place(value, rng)
     kept = parent.pop(key)
     new = _pick(rng, (None, "", "@twice@", r"\n", "z" * 3000, "\0", key + "x", key.replace("0", "00")))
     if new is not None:
@@ -351,6 +350,13 @@ def json_number(raw: bytes, rng: np.random.Generator) -> bytes:
     old = parent[key]
     parent[key] = _pick(rng, (old + 1, old - 1, -old, 2 * old, old // 2, 0, 1, 10**12, 2**63, old + 0.5, 3))
     return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _place(value: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    """A place that holds a value, found from the top: what stands alone is met more often than one of many alike."""
+    key = _pick(rng, value if isinstance(value, dict) else range(len(value)))
+    below = value[key]
+    return _place(below, rng) if isinstance(below, dict | list) and below and rng.random() < 0.8 else (value, key)
 
 
 def _parents(value: Any) -> list[tuple[Any, Any]]:

@@ -288,6 +288,14 @@ def test_a_post_processor_of_a_token_that_is_not_defined(folder):
         tokenizer_from_json(folder)
 
 
+def test_a_part_that_fails_on_texts_alone(folder):
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"] = [""]  # `tokenizers` reads it, and panics at a letter of two bytes
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(InputError, match=r"tokenizer\.json: fails on a text: index out of bounds"):
+        tokenizer_from_json(folder).encode("don't é")
+
+
 def test_an_id_far_beyond_the_others(folder):
     """`tokenizers` would count up to it, and note every number on the way."""
     definition = json.loads((folder / "tokenizer.json").read_text())
