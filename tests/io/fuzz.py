@@ -13,6 +13,7 @@ shared) and twice the file's size and 64 MiB of memory: more cannot be allocated
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,7 @@ from jquant.io.locate import locate_model
 from jquant.io.safetensors import DTYPES, open_safetensors
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
 from jquant.io.tokenizer_gguf import tokenizer_from_gguf
-from tests.io import mutations
+from tests.io import field_mutations, mutations
 from tests.io.conftest import write_gguf, write_safetensors_bytes
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -192,24 +193,37 @@ def read_gguf(path: Path) -> str:
 def _same_tensors(file: Any, raw: bytes, path: Path) -> None:
     """Every tensor that reads is the decode of the bytes at which the list itself says it is."""
     layout = mutations.parse_gguf(raw)
+    assert [name.decode() for name, _ in layout.fields] == list(file.metadata)
     assert [entry.name.decode() for entry in layout.entries] == list(file.tensors)
+    assert all(axis for entry in layout.entries for axis in entry.axes)
+    assert not any(entry.offset % layout.alignment for entry in layout.entries)
+    extents = []
     for entry in layout.entries:
         name = entry.name.decode()
+        begin = end = layout.start + entry.offset
+        if (kind := BY_ID.get(entry.ggml_id)) is not None:
+            end = begin + math.prod(entry.axes) // kind.elements * kind.nbytes
+        extents.append((begin, end))
         assert file.tensors[name].shape == entry.axes[::-1]
         try:
             got = file.read(name)
         except InputError as error:
             _checked(error, path, names=repr(name)[:40].rstrip("'"))
             continue
-        kind = BY_ID[entry.ggml_id]
-        begin = layout.start + entry.offset
-        end = begin + math.prod(entry.axes) // kind.elements * kind.nbytes
-        assert end <= len(raw)
+        assert kind is not None
+        assert kind.decoder is not None
         with np.errstate(all="ignore"):
-            assert kind.decoder is not None
             expected = kind.decoder(np.frombuffer(raw[begin:end], np.uint8).reshape(-1, kind.nbytes))
         np.testing.assert_array_equal(got.ravel(), np.asarray(expected, np.float32).ravel())
         assert got.shape == entry.axes[::-1]
+    _apart(extents, len(raw))
+
+
+def _apart(extents: list[tuple[int, int]], size: int) -> None:
+    """No tensor over another, none beyond the file."""
+    ordered = sorted(extents)
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(ordered)), "tensors overlap"
+    assert not ordered or max(end for _, end in ordered) <= size, "a tensor reaches beyond the file"
 
 
 def read_safetensors(path: Path) -> str:
@@ -218,12 +232,16 @@ def read_safetensors(path: Path) -> str:
     assert [tensor.name for tensor in inspection.tensors] == list(file.tensors)
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    assert set(header) - {"__metadata__"} == set(file.tensors)
+    pairs = json.loads(raw[8:start], object_pairs_hook=list)
+    assert [name for name, _ in pairs if name != "__metadata__"] == list(file.tensors)
+    header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
+    "".join(header).encode()  # fails at half a character
+    extents = [(start + entry["data_offsets"][0], start + entry["data_offsets"][1]) for entry in header.values()]
+    _apart(extents, len(raw))
+    assert sum(end - begin for begin, end in extents) == len(raw) - start
     for name in file.tensors:
         entry = header[name]
         begin, end = entry["data_offsets"]
-        assert start + end <= len(raw)
         try:
             got = file.read(name)
         except InputError as error:
@@ -292,15 +310,17 @@ def _on_bytes(mutator: mutations.Bytes, raw: bytes, name: str) -> Callable[[np.r
     return lambda rng: {name: mutator(raw, rng)}
 
 
-def _with_fields(name: str, fields: list[mutations.Field], read: Callable[[Path], str], tensors: Any = ()) -> Seed:
+def _with_fields(
+    name: str, fields: list[field_mutations.Field], read: Callable[[Path], str], tensors: Any = ()
+) -> Seed:
     """A GGUF of these fields, damaged in its fields before it is written and in its bytes after."""
     raw = write_gguf(fields, tensors)
     seed = _file(name, raw, mutations.BYTES + mutations.GGUF, read)
 
-    def on_fields(mutator: mutations.FieldMutator) -> Callable[[np.random.Generator], Files]:
+    def on_fields(mutator: field_mutations.FieldMutator) -> Callable[[np.random.Generator], Files]:
         return lambda rng: {"x.gguf": write_gguf(mutator(fields, rng), tensors)}
 
-    more = tuple((mutator.__name__, on_fields(mutator)) for mutator in mutations.FIELDS)
+    more = tuple((mutator.__name__, on_fields(mutator)) for mutator in field_mutations.FIELDS)
     return Seed(files=seed.files, mutators=seed.mutators + more * 3, read=read)
 
 
@@ -370,7 +390,7 @@ def _family(name: str) -> bytes:
     if name == "qwen3moe":
         sizes |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16}
     norms = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base")
-    fields: list[mutations.Field] = [("general.architecture", "str", name)]
+    fields: list[field_mutations.Field] = [("general.architecture", "str", name)]
     fields += [(f"{name}.{field}", "u32", value) for field, value in sizes.items()]
     fields += [(f"{name}.{field}", "f32", 1e-5) for field in norms]
     return write_gguf(
@@ -389,7 +409,7 @@ def _safetensors(stem: str) -> bytes:
     return write_safetensors_bytes([*entries, ("none", "F32", (0, 4), b""), ("one", "U8", (), b"1")], {"format": "pt"})
 
 
-def _bpe(_: str) -> list[mutations.Field]:
+def _bpe(_: str) -> list[field_mutations.Field]:
     """A byte-level BPE with a token for every byte, some merges, special tokens and one with a colon in it."""
     letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     merges = ["t h", "th e", "Ġ the", "a b", "ab ab", "4 2", "l l", "Ġ Ġ", "H e"]
@@ -398,15 +418,15 @@ def _bpe(_: str) -> list[mutations.Field]:
     fields = [("model", "str", "gpt2"), ("pre", "str", "gpt-2"), ("tokens", "[str]", tokens)]
     fields += [("token_type", "[i32]", kinds), ("merges", "[str]", merges), ("bos_token_id", "u32", 0)]
     fields += [("eos_token_id", "u32", 1), ("add_bos_token", "bool", True)]
-    named: list[mutations.Field] = [(f"tokenizer.ggml.{key}", kind, value) for key, kind, value in fields]
+    named: list[field_mutations.Field] = [(f"tokenizer.ggml.{key}", kind, value) for key, kind, value in fields]
     return [("general.architecture", "str", "llama"), *named]
 
 
-def _spm(stem: str) -> list[mutations.Field]:
+def _spm(stem: str) -> list[field_mutations.Field]:
     """One of the SentencePiece models that the goldens record."""
     model = json.loads((GOLDENS / "tokenizer_spm.json").read_text())["models"][stem]
     kinds = {"tokens": "[str]", "scores": "[f32]", "token_type": "[i32]", "add_space_prefix": "bool"}
-    named: list[mutations.Field] = [
+    named: list[field_mutations.Field] = [
         (f"tokenizer.ggml.{key}", kinds.get(key, "u32"), value)
         for key, value in model.items()
         if key not in ("ids", "decoded") and value is not None

@@ -1,4 +1,4 @@
-"""Ways to damage a file: blindly, along the structure of GGUF, safetensors and JSON, or in a tokenizer's fields.
+"""Ways to damage a file: blindly, or along the structure of GGUF, safetensors and JSON.
 
 A mutator takes what it damages and a generator of random numbers, and is a function of these alone. Those that know
 GGUF walk it by a parser of their own, which holds only for files that are sound up to the end of their header.
@@ -17,13 +17,11 @@ import numpy as np
 from tests.io.conftest import GGUF_FORMATS
 
 Bytes = Callable[[bytes, np.random.Generator], bytes]
-Field = tuple[str, str, Any]  # name, kind, value, as write_gguf takes them
-FieldMutator = Callable[[list[Field], np.random.Generator], list[Field]]
 
 EXTREMES = (0, 1, 2, 3, 5, 9, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
-def _pick(rng: np.random.Generator, items: Any) -> Any:
+def pick(rng: np.random.Generator, items: Any) -> Any:
     items = list(items)
     return items[int(rng.integers(len(items)))]
 
@@ -35,7 +33,7 @@ def _put(raw: bytes, place: int, new: bytes) -> bytes:
 
 def _extreme(size: int, rng: np.random.Generator) -> int:
     around = (size - 1, size, size + 1, size // 2, size // 4)
-    return _pick(rng, (*EXTREMES, *around)) if rng.random() < 0.8 else int(rng.integers(0, 4 * size))
+    return pick(rng, (*EXTREMES, *around)) if rng.random() < 0.8 else int(rng.integers(0, 4 * size))
 
 
 # Any bytes ------------------------------------------------------------------------------------------------------------
@@ -57,7 +55,7 @@ def flip(raw: bytes, rng: np.random.Generator) -> bytes:
 def overwrite(raw: bytes, rng: np.random.Generator) -> bytes:
     """A run of up to 64 bytes becomes zeros, ones or noise."""
     count = int(rng.integers(1, 65))
-    run = _pick(rng, (bytes(count), b"\xff" * count, rng.bytes(count)))
+    run = pick(rng, (bytes(count), b"\xff" * count, rng.bytes(count)))
     return _put(raw, int(rng.integers(0, max(1, min(len(raw), 4000) - count))), run)
 
 
@@ -80,7 +78,7 @@ def copy_within(raw: bytes, rng: np.random.Generator) -> bytes:
 
 def integer(raw: bytes, rng: np.random.Generator) -> bytes:
     """An extreme integer anywhere."""
-    width = _pick(rng, (4, 8))
+    width = pick(rng, (4, 8))
     value = _extreme(len(raw), rng) % (1 << 8 * width)
     return _put(raw, int(rng.integers(0, max(1, min(len(raw), 4000) - width))), value.to_bytes(width, "little"))
 
@@ -186,26 +184,26 @@ def parse_gguf(raw: bytes) -> Layout:
 
 def gguf_integer(raw: bytes, rng: np.random.Generator) -> bytes:
     """A count, length, kind, axis, type or offset becomes another number."""
-    place, width = _pick(rng, parse_gguf(raw).integers)
+    place, width = pick(rng, parse_gguf(raw).integers)
     old = int.from_bytes(raw[place : place + width], "little")
-    new = _pick(rng, (_extreme(len(raw), rng), old + 1, old - 1, old * 2, old + 32, int(rng.integers(0, 45))))
+    new = pick(rng, (_extreme(len(raw), rng), old + 1, old - 1, old * 2, old + 32, int(rng.integers(0, 45))))
     return _put(raw, place, (new % (1 << 8 * width)).to_bytes(width, "little"))
 
 
 def gguf_border(raw: bytes, rng: np.random.Generator) -> bytes:
     """Cut before or after a number of the header, or at the start of a tensor."""
     layout = parse_gguf(raw)
-    place, width = _pick(rng, layout.integers)
-    tensor = layout.start + _pick(rng, [entry.offset for entry in layout.entries] or [0])
-    return raw[: _pick(rng, (place, place + width, tensor, tensor + 1, tensor - 1))]
+    place, width = pick(rng, layout.integers)
+    tensor = layout.start + pick(rng, [entry.offset for entry in layout.entries] or [0])
+    return raw[: pick(rng, (place, place + width, tensor, tensor + 1, tensor - 1))]
 
 
 def gguf_value(raw: bytes, rng: np.random.Generator) -> bytes:
     """A field of another kind, an array of arrays, deep ones too, or a text that is no UTF-8."""
     layout = parse_gguf(raw)
-    name, value = _pick(rng, layout.fields or [(b"a", b"")])
+    name, value = pick(rng, layout.fields or [(b"a", b"")])
     deep = struct.pack("<IQ", 9, 1) * int(rng.integers(1, 3000))
-    new = _pick(
+    new = pick(
         rng,
         (
             struct.pack("<I", 9) + deep,
@@ -229,16 +227,16 @@ def gguf_fields(raw: bytes, rng: np.random.Generator) -> bytes:
     """Fields twice, gone, in another order, with odd names, or an odd alignment."""
     layout = parse_gguf(raw)
     fields = list(layout.fields)
-    name, value = _pick(rng, fields or [(b"a", struct.pack("<IB", 0, 0))])
-    alignment = _pick(rng, (0, 1, 2, 3, 4, 8, 16, 24, 64, 4096, 2**31, 2**32 - 1))
+    name, value = pick(rng, fields or [(b"a", struct.pack("<IB", 0, 0))])
+    alignment = pick(rng, (0, 1, 2, 3, 4, 8, 16, 24, 64, 4096, 2**31, 2**32 - 1))
     others = [field for field in fields if field[0] != name]
-    fields = _pick(
+    fields = pick(
         rng,
         (
             [*fields, (name, value)],
             others,
             fields[::-1],
-            [*others, (_pick(rng, (b"", b"\xff\xfe", name + b"\n", b"k" * 5000)), value)],
+            [*others, (pick(rng, (b"", b"\xff\xfe", name + b"\n", b"k" * 5000)), value)],
             [*fields, (b"general.alignment", struct.pack("<II", 4, alignment))],
             [*fields, (b"general.alignment", struct.pack("<IQ", 10, _extreme(len(raw), rng)))],
         ),
@@ -253,15 +251,15 @@ def gguf_tensor(raw: bytes, rng: np.random.Generator) -> bytes:
         return gguf_value(raw, rng)
     entries = list(layout.entries)
     for _ in range(int(rng.integers(1, 3))):
-        index, other = int(rng.integers(len(entries))), _pick(rng, entries)
+        index, other = int(rng.integers(len(entries))), pick(rng, entries)
         entry, size = entries[index], len(layout.data)
         axis = int(rng.integers(max(1, len(entry.axes))))
         axes = (*entry.axes[:axis], _extreme(size, rng), *entry.axes[axis + 1 :])
-        entries[index] = _pick(
+        entries[index] = pick(
             rng,
             (
                 replace(entry, name=other.name),
-                replace(entry, name=_pick(rng, (b"", b"\xff", b"a\nb", b"w" * 4000, b"blk.00.attn_q.weight"))),
+                replace(entry, name=pick(rng, (b"", b"\xff", b"a\nb", b"w" * 4000, b"blk.00.attn_q.weight"))),
                 replace(entry, name=entry.name.replace(b"0", b"9" * int(rng.integers(1, 6000)))),
                 replace(entry, axes=axes),
                 replace(entry, axes=()),
@@ -277,7 +275,7 @@ def gguf_tensor(raw: bytes, rng: np.random.Generator) -> bytes:
                 replace(entry, offset=entry.offset + int(rng.integers(1, 32))),
             ),
         )
-    chosen = _pick(rng, (entries, entries, entries, entries[::-1], [*entries, entries[0]], entries[1:]))
+    chosen = pick(rng, (entries, entries, entries, entries[::-1], [*entries, entries[0]], entries[1:]))
     return replace(layout, entries=chosen).packed()
 
 
@@ -286,7 +284,7 @@ def gguf_data(raw: bytes, rng: np.random.Generator) -> bytes:
     layout = parse_gguf(raw)
     if not layout.data:
         return gguf_value(raw, rng)
-    data = _pick(rng, (flip, overwrite, copy_within, integer))(layout.data, rng)
+    data = pick(rng, (flip, overwrite, copy_within, integer))(layout.data, rng)
     return replace(layout, data=data).packed()
 
 
@@ -310,7 +308,7 @@ def json_node(raw: bytes, rng: np.random.Generator) -> bytes:
         value = {"": value}
     parent, key = _place(value, rng)
     parent[key] = "@odd@"
-    odd = _pick(rng, _DEEP) if rng.random() < 0.05 else _pick(rng, _ODD)
+    odd = pick(rng, _DEEP) if rng.random() < 0.05 else pick(rng, _ODD)
     return json.dumps(value, ensure_ascii=False).replace('"@odd@"', odd).encode()
 
 
@@ -332,11 +330,11 @@ def json_key(raw: bytes, rng: np.random.Generator) -> bytes:
     while not isinstance(parent, dict):
         parent, key = _place(value, rng)
     kept = parent.pop(key)
-    new = _pick(rng, (None, "", "@twice@", r"\n", "z" * 3000, "\0", key + "x", key.replace("0", "00")))
+    new = pick(rng, (None, "", "@twice@", r"\n", "z" * 3000, "\0", key + "x", key.replace("0", "00")))
     if new is not None:
         parent[new] = kept
     text = json.dumps(value, ensure_ascii=False)
-    first = json.dumps(_pick(rng, parent) if parent else "a", ensure_ascii=False)
+    first = json.dumps(pick(rng, parent) if parent else "a", ensure_ascii=False)
     return text.replace('"@twice@"', first).encode()
 
 
@@ -346,15 +344,15 @@ def json_number(raw: bytes, rng: np.random.Generator) -> bytes:
     numbers = [(parent, key) for parent, key in _parents(value) if type(parent[key]) in (int, float)]
     if not numbers:
         return json_node(raw, rng)
-    parent, key = _pick(rng, numbers)
+    parent, key = pick(rng, numbers)
     old = parent[key]
-    parent[key] = _pick(rng, (old + 1, old - 1, -old, 2 * old, old // 2, 0, 1, 10**12, 2**63, old + 0.5, 3))
+    parent[key] = pick(rng, (old + 1, old - 1, -old, 2 * old, old // 2, 0, 1, 10**12, 2**63, old + 0.5, 3))
     return json.dumps(value, ensure_ascii=False).encode()
 
 
 def _place(value: Any, rng: np.random.Generator) -> tuple[Any, Any]:
     """A place that holds a value, found from the top: what stands alone is met more often than one of many alike."""
-    key = _pick(rng, value if isinstance(value, dict) else range(len(value)))
+    key = pick(rng, value if isinstance(value, dict) else range(len(value)))
     below = value[key]
     return _place(below, rng) if isinstance(below, dict | list) and below and rng.random() < 0.8 else (value, key)
 
@@ -386,12 +384,12 @@ def header_entry(raw: bytes, rng: np.random.Generator) -> bytes:
     length = int.from_bytes(raw[:8], "little")
     header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     names = [name for name in header if name != "__metadata__"]
-    entry, other = header[_pick(rng, names)], header[_pick(rng, names)]
+    entry, other = header[pick(rng, names)], header[pick(rng, names)]
     begin, end = entry["data_offsets"]
-    change = _pick(
+    change = pick(
         rng,
         (
-            {"dtype": _pick(rng, ("F64", "F32", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F4", "C64", ""))},
+            {"dtype": pick(rng, ("F64", "F32", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F4", "C64", ""))},
             {"shape": entry["shape"][::-1]},
             {"shape": [*entry["shape"], 1]},
             {"shape": [1] * 70},
@@ -409,7 +407,7 @@ def header_entry(raw: bytes, rng: np.random.Generator) -> bytes:
     )
     entry.update(change)
     if rng.random() < 0.2:
-        header["__metadata__"] = _pick(rng, ({}, {"a": "b"}, {"a": 1}, [], None, {"": ""}))
+        header["__metadata__"] = pick(rng, ({}, {"a": "b"}, {"a": 1}, [], None, {"": ""}))
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
@@ -417,7 +415,7 @@ def header_entry(raw: bytes, rng: np.random.Generator) -> bytes:
 def header_length(raw: bytes, rng: np.random.Generator) -> bytes:
     length = int.from_bytes(raw[:8], "little")
     near = int(rng.integers(max(0, length - 20), length + 20))
-    return _put(raw, 0, _pick(rng, (_extreme(len(raw), rng), near)).to_bytes(8, "little"))
+    return _put(raw, 0, pick(rng, (_extreme(len(raw), rng), near)).to_bytes(8, "little"))
 
 
 def body(raw: bytes, rng: np.random.Generator) -> bytes:
@@ -425,111 +423,7 @@ def body(raw: bytes, rng: np.random.Generator) -> bytes:
     length = 8 + int.from_bytes(raw[:8], "little")
     data = raw[length:]
     changed = (flip(data, rng), overwrite(data, rng), copy_within(data, rng), data + bytes(3), data[:-1])
-    return raw[:length] + _pick(rng, changed)
+    return raw[:length] + pick(rng, changed)
 
 
 SAFETENSORS: tuple[Bytes, ...] = (*map(_in_header, JSON), header_entry, header_entry, header_length, body)
-
-# The fields of a tokenizer --------------------------------------------------------------------------------------------
-
-
-def _with(fields: list[Field], name: str, kind: str, value: Any) -> list[Field]:
-    """The field set, or added where it is not there."""
-    others = [field for field in fields if field[0] != f"tokenizer.ggml.{name}"]
-    return [*others, (f"tokenizer.ggml.{name}", kind, value)]
-
-
-def _value(fields: list[Field], name: str) -> Any:
-    return next((value for key, _, value in fields if key == f"tokenizer.ggml.{name}"), [])
-
-
-def field_kinds(fields: list[Field], rng: np.random.Generator) -> list[Field]:
-    """A field is gone, or of another kind."""
-    name, _, _ = _pick(rng, fields)
-    odd: list[tuple[str, Any]] = [("u8", 1), ("i32", -1), ("u64", 2**64 - 1), ("f32", np.nan), ("bool", True)]
-    odd += [("str", "x"), ("[str]", ["x"]), ("[u8]", [1, 2]), ("[f64]", [0.5]), ("[str]", []), ("[i32]", [])]
-    others = [field for field in fields if field[0] != name]
-    return others if rng.random() < 0.3 else [*others, (name, *_pick(rng, odd))]
-
-
-def field_swap(fields: list[Field], rng: np.random.Generator) -> list[Field]:
-    """Two arrays change their names."""
-    arrays = [index for index, (_, kind, _) in enumerate(fields) if kind.startswith("[")]
-    one, two = _pick(rng, arrays), _pick(rng, arrays)
-    swapped = list(fields)
-    swapped[one], swapped[two] = (fields[one][0], *fields[two][1:]), (fields[two][0], *fields[one][1:])
-    return swapped
-
-
-def field_ids(fields: list[Field], rng: np.random.Generator) -> list[Field]:
-    """Token ids out of range, or of any token at all; and whether BOS and EOS are added."""
-    count = len(_value(fields, "tokens"))
-    name = _pick(rng, ("bos", "eos", "eot", "eom", "unknown"))
-    new = _pick(rng, [("u32", count), ("u32", 2**32 - 1), ("i64", -1), *[("u32", int(rng.integers(count)))] * 5])
-    fields = _with(fields, f"{name}_token_id", *new)
-    flag = _pick(rng, ("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"))
-    return _with(fields, flag, "bool", bool(rng.integers(2)))
-
-
-_PAIRS = ("", " ", "ab", "a  b", "a b c", "zz qq", " a", "a ", "a b", "\0 \0", "🙂 🙂", "x" * 3000 + " y")
-
-
-def field_merges(fields: list[Field], rng: np.random.Generator) -> list[Field]:
-    """Merges that are no pairs, of no tokens, in another order, twice."""
-    merges = list(_value(fields, "merges")) or ["a b"]
-    merges[int(rng.integers(len(merges)))] = _pick(rng, _PAIRS)
-    tokens = _value(fields, "tokens")
-    pairs = [f"{_pick(rng, tokens)} {_pick(rng, tokens)}" for _ in range(3)]
-    return _with(fields, "merges", "[str]", _pick(rng, (merges, merges[::-1], merges * 2, merges[1:], merges + pairs)))
-
-
-def field_numbers(fields: list[Field], rng: np.random.Generator) -> list[Field]:
-    """Scores and kinds of tokens of the wrong number, not finite, or of an odd kind."""
-    count = len(_value(fields, "tokens"))
-    name = _pick(rng, ("scores", "token_type"))
-    length = _pick(rng, (0, 1, count - 1, count + 1, *[count] * 6))
-    kind = _pick(rng, ("f32", "f64", "u8", "i8", "u16", "i32", "u64", "bool"))
-    if kind[0] == "f":
-        values = rng.choice(_pick(rng, ([0.0, -1.0, -2.5], [np.nan, np.inf, 0.0], [-1e38, 1e38])), length).tolist()
-    elif kind == "bool":
-        values = (rng.random(length) < 0.5).tolist()
-    else:
-        values = rng.integers(0, _pick(rng, (2, 7, 100)), length).tolist()
-    return _with(fields, name, f"[{kind}]", values)
-
-
-_TOKENS = (
-    *("", " ", "▁", "a", "$A", "a:b", ":", "\0", "\n", "\\", "[", "]", "^", "-", "&&", "#", "(?", "<0x00>", "<0xZZ>"),
-    *("🙂", "\u0301", "\ufffd", "▁▁▁", "a▁b", "]▁x", "^▁x", "&&▁x", "\\▁x", "-▁z", "\0▁x", "s" * 3000, "▁" * 500, " ▁"),
-)
-
-
-def field_tokens(fields: list[Field], rng: np.random.Generator) -> list[Field]:
-    """Tokens twice, empty, long, of signs that mean something to a regular expression or a template."""
-    tokens = list(_value(fields, "tokens"))
-    for _ in range(int(rng.integers(1, 6))):
-        tokens[int(rng.integers(len(tokens)))] = _pick(rng, _TOKENS)
-    choices = (tokens, tokens, tokens, tokens[1:], [*tokens, tokens[0]], ["a" * n for n in range(1, len(tokens) + 1)])
-    chosen = _pick(rng, choices)
-    return _with(fields, "tokens", "[str]", list(dict.fromkeys(chosen)) if rng.random() < 0.3 else chosen)
-
-
-def field_names(fields: list[Field], rng: np.random.Generator) -> list[Field]:
-    """Another model, pre-tokenizer or architecture."""
-    if rng.random() < 0.3:
-        return [*fields[1:], ("general.architecture", "str", _pick(rng, ("phi3", "", "gemma2")))]
-    known = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o", "default", "llama3", "", "x\ny")
-    new = ("model", _pick(rng, ("gpt2", "llama", "bert", ""))), ("pre", _pick(rng, known))
-    name, value = _pick(rng, new)
-    return _with(fields, name, "str", value)
-
-
-FIELDS: tuple[FieldMutator, ...] = (
-    field_kinds,
-    field_swap,
-    field_ids,
-    field_merges,
-    field_numbers,
-    field_tokens,
-    field_names,
-)
