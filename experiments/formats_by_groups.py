@@ -2,9 +2,9 @@
 
 Command:   scripts/demo            (python experiments/formats_by_groups.py --out DIR, options as `jquant sweep`)
 Cost:      24 cells and the reference, 3 to 5 minutes on 2 CPU cores with the demo model, 3 GB of memory
-Expected:  int8 within 1 % of the float model's perplexity, fp8_e4m3 a little above; at 4 bits smaller groups are better,
-           asymmetric codes better than symmetric, nvfp4 and nf4 better than int4 of the same size; 3 bits unusable
-           without a method that looks at data
+Expected:  int8 within 1 % of the float model's perplexity, fp8_e4m3 a little above; at 4 bits smaller groups are
+           better, asymmetric codes better than symmetric, nvfp4 and nf4 better than int4 of the same size; 3 bits
+           unusable without a method that looks at data
 Note:      the demo's weights are 4-bit (Q4_1, groups of 32) decoded to floats. That makes int4:g32:asym no easier: Q4_1
            has a float minimum where ours is a whole-number zero point, so the grids do not coincide
 """

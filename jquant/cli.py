@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -180,7 +181,7 @@ def _quantize(config: QuantizeConfig) -> None:
     from jquant import __version__
     from jquant.io.native import check_new_folder
     from jquant.models.checkpoint import open_checkpoint
-    from jquant.models.save import model_bytes, save
+    from jquant.models.save import model_bytes, packed_bits, save
     from jquant.ptq.rtn import quantize_layers
 
     check_new_folder(config.out)
@@ -198,7 +199,8 @@ def _quantize(config: QuantizeConfig) -> None:
     }
     save(model, config.out, tokenizer=checkpoint.tokenizer(), note=checkpoint.note, provenance=provenance)
     print(
-        f"{len(replaced)} layers to {schemes}: {before / 1e6:.1f} MB → {model_bytes(model) / 1e6:.1f} MB, {config.out}"
+        f"{len(replaced)} layers to {schemes} ({packed_bits(model):.3f} bits a weight, padding included): "
+        f"{before / 1e6:.1f} MB → {model_bytes(model) / 1e6:.1f} MB, {config.out}"
     )
 
 
@@ -305,7 +307,16 @@ def _console(*, stderr: bool = False) -> Any:
 
 
 def _json(record: Any) -> str:
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    """Strict JSON, which has no NaN: null where a number says nothing, as the standard error of one window."""
+    return json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

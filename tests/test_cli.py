@@ -30,6 +30,8 @@ def test_eval_quantize_generate(model: str, tmp_path: Path, capsys: pytest.Captu
     assert first["perplexity"] == second["perplexity"]
     assert first["model_bytes"] == second["model_bytes"]
     assert second["kl"] > 0
+    assert main(["eval", model, "--window", "64", "--windows", "1", "--json", str(plain)]) == 0
+    assert json.loads(plain.read_text())["stderr"] is None  # JSON has no NaN
     assert main(["generate", str(out), "--prompt", "Hello", "--max-tokens", "5"]) == 0
     assert "Hello" in capsys.readouterr().out
 
@@ -57,6 +59,8 @@ def test_config_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["eval", "MODEL", "--scheme", "int4:g0"], "group size 0"),
         (["eval", "MODEL", "--text", "nonsense"], "nonsense"),
         (["eval", "MODEL", "--window", "1"], "window 1"),
+        (["eval", "MODEL", "--window", "1000"], "exceeds the model's context"),
+        (["sweep", "MODEL", "--schemes", "int4", "--out", "OUT", "--window", "1000"], "exceeds the model's context"),
         (["quantize", "MODEL", "--scheme", "int4:g128", "--out", "OUT"], "wider than the row"),
         (["quantize", "MODEL", "--scheme", "int4:g32", "--out", "MODEL"], "not empty"),
         (["generate", "MODEL", "--prompt", ""], "prompt is empty"),

@@ -111,7 +111,8 @@ def quantize(
         x: any float dtype, [..., out, in]; computed in float32.
         scheme: what to quantize to.
         scale: scales to use instead of those from the range of x; positive, one a tile.
-        zero_point: codes of zero to use, one a tile; only with `scale` and an asymmetric scheme.
+        zero_point: codes of zero to use, one a tile, rounded and clipped to codes; only with `scale` and an
+            asymmetric scheme.
         importance: weights ≥ 0 of the columns' squared errors, for those types of ggml that search their scales.
 
     Returns:
@@ -281,7 +282,9 @@ def _given(x: Array, scheme: Scheme, scale: Array, zero_point: Array | None) -> 
         raise InputError(f"zero points of shape {zero_point.shape} for {scheme} on {x.shape}: they must be {expected}")
     target = jnp.asarray(scale, jnp.float32)
     stored = scheme.scale.store(target, None, scheme.element)
-    zero = None if zero_point is None else jnp.asarray(zero_point, jnp.float32)
+    zero = None
+    if zero_point is not None:
+        zero = jnp.clip(jnp.round(jnp.asarray(zero_point, jnp.float32)), 0, _integer(scheme.element).highest_code)
     return Parameters(stored, encoding_scale(scheme.scale, target, stored), zero)
 
 

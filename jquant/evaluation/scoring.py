@@ -75,6 +75,10 @@ def evaluate(
     _check(model, windows, batch)
     if reference is not None and not (reference.batch == batch and _same_windows(reference.windows, windows)):
         raise InputError("the reference was prepared on other windows or another batch size: prepare it on these")
+    if reference is not None and _vocabulary(reference.head, reference.hidden[0]) != _vocabulary(
+        model.head, _state(model)
+    ):
+        raise InputError("model and reference have vocabularies of different sizes: their predictions do not compare")
     sums, done = [], 0
     for index, (tokens, scored) in enumerate(_batches(windows, batch)):
         hidden = hidden_states(model, tokens)
@@ -196,7 +200,8 @@ def _summarize(batches: Sequence[_Sums], windows: Windows, *, compared: bool) ->
     return Evaluation(
         perplexity=perplexity,
         divergence=Divergence(
-            kl=Result(value=kl, stderr=kl_stderr, protocol=protocol),
+            # Rounding may leave a sum of nothing but zeros a little below 0.
+            kl=Result(value=max(kl, 0.0), stderr=kl_stderr, protocol=protocol),
             top1=Result(value=top1, stderr=top1_stderr, protocol=protocol),
         ),
     )
@@ -205,11 +210,19 @@ def _summarize(batches: Sequence[_Sums], windows: Windows, *, compared: bool) ->
 def _check(model: CausalLM, windows: Windows, batch: int) -> None:
     if batch < 1:
         raise InputError(f"batch {batch}: it must be at least 1 window")
-    state = jax.eval_shape(_call(model.embed), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    vocabulary = jax.eval_shape(_call(model.head), state).shape[-1]
+    model.contexts(windows.window)  # refuses what is longer than the model's context
+    vocabulary = _vocabulary(model.head, _state(model))
     highest = int(windows.tokens.max())
     if highest >= vocabulary:
         raise InputError(f"token id {highest} is outside the model's vocabulary of {vocabulary}: use its own tokenizer")
+
+
+def _state(model: CausalLM) -> Any:
+    return jax.eval_shape(_call(model.embed), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+
+def _vocabulary(head: nnx.Module, state: Any) -> int:
+    return jax.eval_shape(_call(head), state).shape[-1]
 
 
 def _call(module: Any) -> Callable[[Array], Array]:

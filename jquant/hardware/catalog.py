@@ -70,7 +70,7 @@ def catalog() -> list[FormatEntry]:
 
 def render(entries: list[FormatEntry]) -> RenderableType:
     """The catalog as a table for a terminal."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title, justify in (
         ("format", "left"),
         ("bits", "right"),
@@ -78,11 +78,11 @@ def render(entries: list[FormatEntry]) -> RenderableType:
         ("largest", "right"),
         ("smallest", "right"),
         ("levels", "right"),
-        ("example", "left"),
-        ("bits/weight", "right"),
+        ("bits/w", "right"),
         ("native in", "left"),
     ):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        # A number that is cut in two reads as another number.
+        table.add_column(title, justify=justify, no_wrap=title != "native in")  # type: ignore[arg-type]
     for entry in entries:
         split = "" if entry.exponent_bits is None else f"{entry.exponent_bits}/{entry.mantissa_bits}"
         table.add_row(
@@ -91,12 +91,13 @@ def render(entries: list[FormatEntry]) -> RenderableType:
             split,
             f"{entry.largest:g}",
             f"{entry.smallest:.4g}",
-            str(entry.levels),
-            entry.example,
+            str(entry.levels) if entry.levels < 1e6 else f"{entry.levels:.2e}",
             f"{entry.bits_per_weight:.3f}",
             ", ".join(entry.native) or "–",
         )
-    table.caption = "Sources of every line: jquant formats --json"
+    table.caption = (
+        "bits/w: of a weight with its scales; in which scheme, and every line's sources: jquant formats --json"
+    )
     table.caption_justify = "left"
     return table
 

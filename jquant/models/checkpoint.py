@@ -156,9 +156,8 @@ def check_finite(array: np.ndarray, what: str) -> None:
         bad = np.argwhere(~np.isfinite(array.astype(np.float32)))
         if len(bad):
             place = tuple(int(i) for i in bad[0])
-            raise InputError(
-                f"{what}: {array[place]} at {place} and {len(bad) - 1} other places; weights must be finite"
-            )
+            others = f" and {len(bad) - 1} other places" if len(bad) > 1 else ""
+            raise InputError(f"{what}: {array[place]} at {place}{others}; weights must be finite")
 
 
 def _abstract_decoder(config: ModelConfig, dtype: DTypeLike) -> Decoder:

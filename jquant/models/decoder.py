@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jquant.core.errors import InputError
 from jquant.models import rope
 from jquant.models.config import ModelConfig
 from jquant.models.feed_forward import feed_forward
@@ -50,7 +51,12 @@ class Decoder(nnx.Module):
         self.head = Head(config, self.embed, dtype=dtype, rngs=rngs)
 
     def contexts(self, length: int) -> list[Context]:
-        """Contexts of a whole sequence at positions 0 … length − 1, causal; one a block."""
+        """Contexts of a whole sequence at positions 0 … length − 1, causal; one a block.
+
+        Raises:
+            InputError: the model was not made for sequences that long.
+        """
+        check_length(self.config, length)
         return contexts_of_blocks(self.config, lambda windowed: causal_context(self.config, length, windowed))
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocab"]:
@@ -228,6 +234,14 @@ def attend_causal(
         seen = keys[:, :, :end], values[:, :, :end], mask[start:end, :end]
         pieces.append(attend(queries[:, :, start:end], *seen, scale=scale, softcap=softcap))
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=2)
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raises InputError where a sequence is longer than the model's context."""
+    if length > config.max_length:
+        raise InputError(
+            f"a sequence of {length} tokens exceeds the model's context of {config.max_length}: shorten the window"
+        )
 
 
 def contexts_of_blocks(config: ModelConfig, make: Callable[[bool], Context]) -> list[Context]:

@@ -51,6 +51,13 @@ def model_bytes(model: Decoder) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))
 
 
+def packed_bits(model: Decoder) -> float:
+    """Bits a weight of all packed tensors together, their padding included; NaN where none is packed."""
+    packed = [tensor for tensor in named_tensors(model).values() if isinstance(tensor, QTensor)]
+    weights = sum(q.size for q in packed)
+    return 8 * sum(q.nbytes for q in packed) / weights if weights else float("nan")
+
+
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
     if tokenizer is None:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import Scheme
-from jquant.nn.linear import ExpertLinear, Linear
+from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
 from jquant.nn.surgery import named_modules, replace, select
 
 BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the output projection stay as they are
@@ -45,6 +46,10 @@ def selected_layers(model: nnx.Module, layers: Sequence[str] = BLOCKS) -> dict[s
     found = {path: module for path, module in named_modules(model, kinds) if isinstance(module, kinds)}
     if not found:
         raise InputError("the model has no float linear layers: it is quantized already; start from the float model")
+    packed = [path for path, _ in named_modules(model, (QuantizedLinear, QuantizedExpertLinear))]
+    taken = [path for path in packed if any(re.search(pattern, path) for pattern in layers)]
+    if taken and not any(re.search(pattern, path) for pattern in layers for path in found):
+        raise InputError(f"layers such as {taken[0]} are quantized already; start from the float model")
     return {path: found[path] for path in select(list(found), layers)}
 
 

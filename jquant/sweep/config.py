@@ -44,6 +44,8 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.schemes:
             raise InputError("schemes: none given; name at least one, as in --schemes int4:g64,nf4:g64")
+        if self.batch is not None and self.batch < 1:
+            raise InputError(f"batch {self.batch}: it must be at least 1 window")
         for size in self.groups:
             if size < 1:
                 raise InputError(f"groups: {size} is no group size; each must be at least 1")

@@ -20,6 +20,7 @@ from jquant.data.text import load_text
 from jquant.evaluation.result import Protocol
 from jquant.evaluation.scoring import prepare_reference
 from jquant.models.checkpoint import Checkpoint, open_checkpoint
+from jquant.models.decoder import check_length
 from jquant.ptq.rtn import selected_layers
 from jquant.sweep.cell import FLOAT, METHOD, Subject, check_fits, measure, reference_cell
 from jquant.sweep.config import SweepConfig
@@ -70,6 +71,7 @@ def run_sweep(config: SweepConfig, listen: Listener = lambda event: None) -> Swe
     windows = text_windows(
         text, checkpoint.tokenizer(), window=config.window, stride=config.stride, limit=config.windows
     )
+    check_length(checkpoint.config, windows.window)
     store = open_store(config.out, _definition(config, checkpoint, windows), _environment())
     wanted = {FLOAT: store.cell_id(FLOAT, "none")} | {
         str(scheme): store.cell_id(str(scheme), METHOD) for scheme in schemes
@@ -142,7 +144,7 @@ def _prepare(
     layers = selected_layers(model, config.layers)
     check_fits(layers, schemes)
     store.make()
-    batch = config.batch or (1 if jax.default_backend() == "cpu" else 8)
+    batch = _batch(config)
     listen(Event(stage="reference", done=0, total=len(schemes)))
     started = time.perf_counter()
     reference, perplexity = prepare_reference(
@@ -175,8 +177,13 @@ def _definition(config: SweepConfig, checkpoint: Checkpoint, windows: Windows) -
         "layers": list(config.layers),
         "dtype": config.dtype,
         "backend": jax.default_backend(),
+        "batch": _batch(config),  # sums are taken in another order, which moves the last digits
         "numerics": NUMERICS,
     }
+
+
+def _batch(config: SweepConfig) -> int:
+    return (1 if jax.default_backend() == "cpu" else 8) if config.batch is None else config.batch
 
 
 def _environment() -> dict[str, Any]:

@@ -35,8 +35,7 @@ def sweep_table(sweep: Sweep) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 0),
-        caption=f"One standard error of the reference's perplexity: {stderr_text(perplexity_stderr(sweep.reference))}. "
-        "P, K: no scheme of as few bits has lower perplexity, KL.",
+        caption=_caption(sweep.reference),
         caption_justify="left",
     )
     for column, title in shown:
@@ -52,6 +51,13 @@ def sweep_table(sweep: Sweep) -> Table:
         row = (Text(column.text(cell, sweep.reference)) for column, _ in shown)
         table.add_row(*row, Text(mark), style="bold" if mark else "")
     return table
+
+
+def _caption(reference: Cell) -> str:
+    marks = "P, K: no scheme of as few bits has lower perplexity, KL."
+    if math.isnan(reference.stderr):  # of one window
+        return marks
+    return f"One standard error of the reference's perplexity: {stderr_text(perplexity_stderr(reference))}. {marks}"
 
 
 def frontier_marks(sweep: Sweep, *, perplexity: str, kl: str, separator: str) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from jquant.core.errors import InputError
 from jquant.core.formats import Codebook, Int
-from jquant.core.qtensor import quantize
+from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 
 
@@ -75,3 +75,13 @@ def test_given_scales_must_fit() -> None:
         quantize(x, scheme("int4:g32"), scale=jnp.ones((4, 2)), zero_point=jnp.ones((4, 2)))
     with pytest.raises(InputError, match="parse it first"):
         quantize(x, "int4:g32")  # type: ignore[arg-type]
+
+
+def test_given_zero_points_are_codes() -> None:
+    x, parsed, scale = jnp.full((1, 32), 0.3), scheme("int4:g32:asym"), jnp.full((1, 1), 0.3)
+    for given, stored in ((20.0, 15), (7.4, 7), (-1.0, 0)):
+        q = quantize(x, parsed, scale=scale, zero_point=jnp.full((1, 1), given))
+        zero = q.zero_points()
+        assert zero is not None
+        assert int(zero[0, 0]) == stored
+        assert bool(jnp.allclose(dequantize(q), 0.3 if stored < 15 else 0.0))

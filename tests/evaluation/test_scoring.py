@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from jquant.evaluation import scoring
 from jquant.evaluation.divergence import divergence
 from jquant.evaluation.perplexity import perplexity
 from jquant.evaluation.result import mean_and_stderr
+from jquant.models.checkpoint import load_model
 from jquant.models.decoder import Decoder
 from jquant.ptq.rtn import quantize_layers
 from tests.tiny_checkpoint import tiny_model
@@ -76,3 +79,14 @@ def test_reference_of_other_windows_is_refused() -> None:
         scoring.evaluate(model, windows(IDS[1:], window=64), reference=reference)
     with pytest.raises(InputError, match="batch 0"):
         scoring.evaluate(model, windows(IDS, window=64), batch=0)
+
+
+def test_windows_beyond_the_context_and_other_vocabularies_are_refused() -> None:
+    goldens = Path(__file__).parents[1] / "goldens"
+    opt, llama = load_model(goldens / "family_opt"), load_model(goldens / "llama_a")
+    ids = IDS % 64
+    assert np.isfinite(perplexity(opt, windows(ids, window=128)).nll)
+    with pytest.raises(InputError, match="129 tokens exceeds the model's context of 128"):
+        perplexity(opt, windows(ids, window=129))
+    with pytest.raises(InputError, match="vocabularies of different sizes"):
+        divergence(opt, llama, windows(ids, window=64))

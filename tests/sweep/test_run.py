@@ -121,6 +121,7 @@ def test_mistakes_are_found_before_anything_is_computed(model: str, tmp_path: Pa
         ({"layers": ("expert",)}, "matches nothing"),
         ({"text": "no-such-text"}, "no-such-text"),
         ({"window": 10**6}, "window"),
+        ({"batch": 0}, "batch 0"),
     ):
         with pytest.raises(InputError, match=message):
             run_sweep(_config(model, tmp_path / "out", **changes))
