@@ -43,6 +43,7 @@ _DERIVED = re.compile(
     r"|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"  # GPT-2's causal mask
 )
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "num_experts")
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")  # in tensor names; written so, no two names mean one place
 
 
@@ -250,11 +251,15 @@ def _read_config(read: Callable[[], ModelConfig], depth: object, tensors: Collec
             "the checkpoint is incomplete"
         )
     try:
-        return read()
+        config = read()
     except InputError:
         raise
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{source}: the model config is damaged: {one_line(error)}") from error
+    for name in _SIZES:
+        if getattr(config, name) >= 1 << 31:  # beyond any model; shapes and floats of larger ones overflow
+            raise InputError(f"{source}: the model config is damaged: {name} is 2³¹ or more")
+    return config
 
 
 def _with_rope_divisors(config: ModelConfig, file: GGUFFile) -> ModelConfig:
@@ -303,7 +308,7 @@ def _readers(
             else:
                 readers[ours] = reader
     for ours, experts in stacks.items():
-        if sorted(experts) != list(range(config.num_experts)):
+        if len(experts) != config.num_experts or max(experts) >= config.num_experts:
             raise InputError(
                 f"{path}: tensors for {ours} of {len(experts)} experts, its config asks for {config.num_experts}"
             )

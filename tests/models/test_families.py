@@ -302,12 +302,17 @@ def test_both_kinds_of_checkpoint_fill_the_same_weights(hf, gguf):
     [
         ({"hidden_act": ["silu"]}, "the model config is damaged: .*list"),
         ({"rope_parameters": {"full_attention": 3}}, "the model config is damaged: .*int"),
+        ({"intermediate_size": 10**400}, "the model config is damaged: intermediate_size is 2³¹ or more"),
         ({"model_type": "gemma2", "num_hidden_layers": 2**62}, "asks for 4611686018427387904 blocks"),
         ({"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 0}, "the model config is damaged"),
     ],
 )
 def test_a_config_of_any_values_is_refused_at_once(altered, change, message):
     _refused(altered(config=change), message)
+
+
+def test_more_experts_than_memory_holds_are_refused_at_once(altered):
+    _refused(altered("family_mixtral", config={"num_local_experts": 2**30}), "experts, its config asks for 1073741824")
 
 
 @pytest.mark.parametrize(
