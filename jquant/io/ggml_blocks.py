@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from jquant.core.errors import InputError
-from jquant.core.ggml_decode import DECODERS
 
 Decoder = Callable[[np.ndarray], np.ndarray]
 
@@ -82,29 +81,40 @@ def _bf16(blocks: np.ndarray) -> np.ndarray:
     return (blocks.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def _of_core(name: str) -> Decoder:
+    """A decoder of core, which is imported with its first block: it brings jax, and listing a file needs none."""
+
+    def decoder(blocks: np.ndarray) -> np.ndarray:
+        from jquant.core.ggml_decode import DECODERS
+
+        return DECODERS[name](blocks)
+
+    return decoder
+
+
 def _table() -> tuple[BlockType, ...]:
     """Every type of ggml.h (enum ggml_type) that a file may hold; sizes as in ggml-common.h."""
     rows: tuple[tuple[str, int, int, int, Decoder | None], ...] = (
         # name, id, elements, bytes, decoder
         ("F32", 0, 1, 4, _f32),
         ("F16", 1, 1, 2, _f16),
-        ("Q4_0", 2, 32, 18, DECODERS["q4_0"]),
-        ("Q4_1", 3, 32, 20, DECODERS["q4_1"]),
-        ("Q5_0", 6, 32, 22, DECODERS["q5_0"]),
-        ("Q5_1", 7, 32, 24, DECODERS["q5_1"]),
-        ("Q8_0", 8, 32, 34, DECODERS["q8_0"]),
+        ("Q4_0", 2, 32, 18, _of_core("q4_0")),
+        ("Q4_1", 3, 32, 20, _of_core("q4_1")),
+        ("Q5_0", 6, 32, 22, _of_core("q5_0")),
+        ("Q5_1", 7, 32, 24, _of_core("q5_1")),
+        ("Q8_0", 8, 32, 34, _of_core("q8_0")),
         ("Q8_1", 9, 32, 36, None),
-        ("Q2_K", 10, 256, 84, DECODERS["q2_k"]),
-        ("Q3_K", 11, 256, 110, DECODERS["q3_k"]),
-        ("Q4_K", 12, 256, 144, DECODERS["q4_k"]),
-        ("Q5_K", 13, 256, 176, DECODERS["q5_k"]),
-        ("Q6_K", 14, 256, 210, DECODERS["q6_k"]),
+        ("Q2_K", 10, 256, 84, _of_core("q2_k")),
+        ("Q3_K", 11, 256, 110, _of_core("q3_k")),
+        ("Q4_K", 12, 256, 144, _of_core("q4_k")),
+        ("Q5_K", 13, 256, 176, _of_core("q5_k")),
+        ("Q6_K", 14, 256, 210, _of_core("q6_k")),
         ("Q8_K", 15, 256, 292, None),
         ("IQ2_XXS", 16, 256, 66, None),
         ("IQ2_XS", 17, 256, 74, None),
         ("IQ3_XXS", 18, 256, 98, None),
         ("IQ1_S", 19, 256, 50, None),
-        ("IQ4_NL", 20, 32, 18, DECODERS["iq4_nl"]),
+        ("IQ4_NL", 20, 32, 18, _of_core("iq4_nl")),
         ("IQ3_S", 21, 256, 110, None),
         ("IQ2_S", 22, 256, 82, None),
         ("IQ4_XS", 23, 256, 136, None),
@@ -117,8 +127,8 @@ def _table() -> tuple[BlockType, ...]:
         ("BF16", 30, 1, 2, _bf16),
         ("TQ1_0", 34, 256, 54, None),
         ("TQ2_0", 35, 256, 66, None),
-        ("MXFP4", 39, 32, 17, DECODERS["ggml_mxfp4"]),
-        ("NVFP4", 40, 64, 36, DECODERS["ggml_nvfp4"]),
+        ("MXFP4", 39, 32, 17, _of_core("ggml_mxfp4")),
+        ("NVFP4", 40, 64, 36, _of_core("ggml_nvfp4")),
         ("Q1_0", 41, 128, 18, None),
     )
     return tuple(
