@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+
+class Equivalence(NamedTuple):
+    """A place in a block where channels can be rescaled: the producer's output over s, the readers' columns times s.
+
+    Paths are relative to the block. Where a family has no such place (a nonlinearity that does not scale, heads that
+    share values) there is no entry.
+    """
+
+    producer: str  # a norm, or a linear layer whose output reaches the readers channel by channel: "attn_norm"
+    consumers: tuple[str, ...]  # linear layers that read the output, and are quantized: "attn.q_proj", …
+    readers: tuple[str, ...]  # other modules with a weight [out, in] that read it too: a router
+    parent: str  # the module around the consumers whose output AWQ compares: "attn", "mlp", "mlp.down_proj"
 
 
 class CausalLM(Protocol):
@@ -27,6 +40,10 @@ class CausalLM(Protocol):
     @property
     def head(self) -> nnx.Module:
         """States [..., hidden] to logits [..., vocab], float32."""
+        ...
+
+    def equivalences(self) -> Sequence[Equivalence]:
+        """Where channels of a block can be rescaled; the same for all blocks."""
         ...
 
     def contexts(self, length: int) -> Sequence[Any]:
