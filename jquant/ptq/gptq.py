@@ -28,6 +28,7 @@ from jquant.core.formats import Int as IntElement
 from jquant.core.qtensor import Parameters, QTensor, choose_parameters
 from jquant.core.scales import DoubleQuantizedScale, FloatScale, StoredScale, outer_scale
 from jquant.core.scheme import Scheme
+from jquant.ptq.solver import Solution
 
 _TRIES = 6  # dampings that are tried, each ten times the last
 
@@ -57,16 +58,9 @@ class Factor(NamedTuple):
     fallback: Bool[Array, "*batch"]  # no damping gave a factor: U is the identity, and rounding is to nearest
 
 
-class Solution(NamedTuple):
-    """A packed weight, Σe²/2, and what the factor has to report."""
-
-    qtensor: QTensor
-    loss: Float[Array, "*batch"]
-    damping: Float[Array, "*batch"]
-    fallback: Bool[Array, "*batch"]
-
-
-def solve(w: Float[Array, "out in"], gram: Gram, scheme: Scheme, *, config: GPTQConfig | None = None) -> Solution:
+def solve(
+    w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, config: GPTQConfig | None = None
+) -> Solution:
     """Quantizes one matrix.
 
     Args:
@@ -76,9 +70,12 @@ def solve(w: Float[Array, "out in"], gram: Gram, scheme: Scheme, *, config: GPTQ
         config: by default plain GPTQ.
 
     Raises:
-        InputError: the scheme is a block type of ggml, a group does not fit, or shapes disagree.
+        InputError: there is no Gram matrix, the scheme is a block type of ggml, a group does not fit, or shapes
+            disagree.
     """
     config = GPTQConfig() if config is None else config
+    if gram is None:
+        raise InputError("GPTQ without a Gram matrix: it needs calibration data; give it, or use rtn or hqq")
     return solve_with(w, factorize(gram, config=config), scheme, config=config)
 
 

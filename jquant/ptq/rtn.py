@@ -4,18 +4,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
+from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor, quantize
+from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import Scheme
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
 from jquant.nn.surgery import named_modules, replace, select
+from jquant.ptq.solver import Solution, output_loss
 
 BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the output projection stay as they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTNConfig:
+    """How rounding to nearest runs."""
+
+
+def solve(w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, config: RTNConfig | None = None) -> Solution:
+    """Rounds one matrix to the nearest codes.
+
+    Args:
+        w: any float dtype; computed in float32.
+        gram: of the layer's input; only the reported loss depends on it.
+        scheme: any.
+        config: how; there is nothing to choose yet.
+
+    Raises:
+        InputError: a group does not fit.
+    """
+    return _solve(w, gram, scheme, RTNConfig() if config is None else config)
+
+
+@partial(jax.jit, static_argnames=("scheme", "config"))
+def _solve(w: Array, gram: Gram | None, scheme: Scheme, config: RTNConfig) -> Solution:
+    q = quantize(w, scheme)
+    loss = output_loss(w, dequantize(q, jnp.float32), gram)
+    return Solution(q, loss, damping=jnp.float32(0), fallback=jnp.bool_(False))
 
 
 def quantize_layers(model: nnx.Module, scheme: Scheme, *, layers: Sequence[str] = BLOCKS) -> list[str]:

@@ -1,0 +1,32 @@
+"""The solvers by name. A new method is one file of ptq/ and one line of `SOLVERS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jquant.core.errors import InputError
+from jquant.ptq import gptq, rtn
+from jquant.ptq.solver import Solve
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver, the config that its name stands for, and whether it learns from the layer's input."""
+
+    solve: Solve
+    config: Any  # a frozen dataclass; dataclasses.replace(config, …) changes a part
+    needs_gram: bool
+
+
+SOLVERS: dict[str, Method] = {
+    "rtn": Method(rtn.solve, rtn.RTNConfig(), needs_gram=False),
+    "gptq": Method(gptq.solve, gptq.GPTQConfig(), needs_gram=True),
+}
+
+
+def method(name: str) -> Method:
+    """The solver of this name. Raises InputError that lists the names where there is none."""
+    if name not in SOLVERS:
+        raise InputError(f"method {name!r}: unknown; there are {', '.join(SOLVERS)}")
+    return SOLVERS[name]
