@@ -2,7 +2,7 @@
 
     jquant.json     format and version; each tensor's scheme, shape, dtype and hash; the files of arrays/ with their
                     sizes; and what the writer describes: the model's config, where it comes from
-    arrays/         the arrays, by orbax
+    arrays/PART/    the arrays, by orbax; a part holds some of the tensors, and parts are written and read one by one
     tokenizer.json, tokenizer_config.json
 
 orbax restores arrays of equal shapes into any scheme without a word, and a damaged file may still decode. So the hash
@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -47,7 +48,7 @@ except ImportError:  # Windows: there, what killed writers left stays until some
 DESCRIPTION = "jquant.json"
 ARRAYS = "arrays"
 FORMAT = "jquant-native"
-VERSION = 1
+VERSION = 2
 HELD = frozenset(  # dtypes that tensorstore, under orbax, can hold
     [
         "bool",
@@ -119,8 +120,8 @@ class Native:
     def read(self, name: str) -> np.ndarray | QTensor:
         """A tensor, packed as it was saved; threads may read at once.
 
-        The first call reads all arrays, and each is handed out once: no second copy stays behind. Asking for one again
-        reads all again.
+        The first call for a tensor of a part reads the whole part, and each is handed out once: no second copy stays
+        behind. Asking for one again reads the part again.
 
         Raises:
             InputError: an array is missing or damaged, or not what the table says.
@@ -131,7 +132,7 @@ class Native:
         template = _template(entry)
         with self._lock:
             if any(_key(name, part) not in self._arrays for part in _parts(template)):
-                self._arrays.update(_restore(self.path / ARRAYS, self._keys()))
+                self._arrays.update(_restore(self.path / ARRAYS / entry["part"], self._keys(entry["part"])))
             arrays = {part: self._arrays.pop(_key(name, part)) for part in _parts(template)}
         what = f"{self.path}: tensor {shown(name)}"
         for part, wanted in _parts(template).items():
@@ -147,9 +148,11 @@ class Native:
             )
         return tensor
 
-    def _keys(self) -> list[str]:
-        table = self.description["tensors"]
-        return [_key(name, part) for name, entry in table.items() for part in _parts(_template(entry))]
+    def _keys(self, part: str) -> list[str]:
+        table = self.description["tensors"].items()
+        return [
+            _key(name, array) for name, entry in table if entry["part"] == part for array in _parts(_template(entry))
+        ]
 
 
 def is_native(path: Path) -> bool:
@@ -179,19 +182,48 @@ def write_native(
     """
     path = Path(path)
     check_new_folder(path)
-    _check_tensors(tensors)
     try:
         with _appearing(path) as partial_folder:
-            table = {name: _describe(tensor) for name, tensor in tensors.items()}
-            _save(partial_folder / ARRAYS, tensors)
-            files = dict(_sizes(partial_folder / ARRAYS))
-            whole = {**description, "format": FORMAT, "version": VERSION, "tensors": table, "files": files}
-            text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-            for name, content in {DESCRIPTION: text.encode(), **(extra_files or {})}.items():
-                with replacing(partial_folder / name) as file:
-                    file.write(content)
+            complete(partial_folder, write_part(partial_folder, "all", tensors), description, extra_files=extra_files)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_part(
+    folder: Path, part: str, tensors: Mapping[str, np.ndarray | jax.Array | QTensor]
+) -> dict[str, dict[str, Any]]:
+    """Saves some tensors of a checkpoint in the making; an earlier attempt at the same part is replaced.
+
+    Returns:
+        Their entries in the table that `complete` takes.
+
+    Raises:
+        InputError: a tensor is empty or of an odd dtype.
+        OSError: the disk is full, …
+    """
+    _check_tensors(tensors)
+    place = folder / ARRAYS / part
+    if place.exists():
+        shutil.rmtree(place)
+    table = {name: {**_describe(tensor), "part": part} for name, tensor in tensors.items()}
+    _save(place, tensors)
+    return table
+
+
+def complete(
+    folder: Path,
+    table: Mapping[str, Mapping[str, Any]],
+    description: Mapping[str, Any],
+    *,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes what makes the parts in `folder` a checkpoint: the table, and the files beside it."""
+    files = dict(_sizes(folder / ARRAYS))
+    whole = {**description, "format": FORMAT, "version": VERSION, "tensors": dict(table), "files": files}
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    for name, content in {DESCRIPTION: text.encode(), **(extra_files or {})}.items():
+        with replacing(folder / name) as file:
+            file.write(content)
 
 
 def open_native(path: Path) -> Native:
@@ -214,11 +246,17 @@ def open_native(path: Path) -> Native:
         try:
             _template(entry)
             bytes.fromhex(entry["sha256"])
+            _check_part_name(entry["part"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
             raise InputError(f"{source}: the entry of tensor {shown(name)} is damaged: {reason}") from error
     _check_files(path, description["files"])
     return Native(path=path, description=description)
+
+
+def _check_part_name(part: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", part):  # it becomes a folder's name
+        raise ValueError(f"part {part!r}")
 
 
 def check_new_folder(path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What layers of a module read when it runs: capture, and replay, which runs on from inputs captured before.
+
+    inputs = capture(block, ("attn.o_proj",), arguments)                      # runs what comes before o_proj
+    inputs = capture(block, ("mlp.down_proj",), arguments, replay=inputs)     # runs on from o_proj
+    output = replay_output(block, arguments, replay=inputs)
+
+A layer whose input is replayed does not look at what the module computes for it, so the compiler drops that part. Going
+through a block layer after layer costs one pass instead of one for every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jquant.core.errors import InputError
+from jquant.nn.surgery import Path, module_at, replace
+
+Arguments = tuple[Any, ...]  # arrays and pytrees that a module is called with
+Inputs = Mapping[Path, tuple[Arguments, ...]]  # of each captured module what it was called with, call by call
+
+
+def capture(
+    module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs | None = None
+) -> dict[Path, tuple[Arguments, ...]]:
+    """Runs the module as far as needed and returns what the modules at `paths` are called with.
+
+    Args:
+        module: a block; modules of equal structure share one compiled program.
+        paths: dotted, within the module.
+        arguments: of the call.
+        replay: inputs that some modules take in place of those that the call would give them.
+
+    Raises:
+        InputError: a path names no module, or one that is not called.
+    """
+    graphdef, state = nnx.split(module)
+    return _capture(graphdef, tuple(paths), state, arguments, dict(replay or {}))
+
+
+def replay_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -> Any:
+    """module(*arguments) where the modules that `replay` names take their inputs from there."""
+    graphdef, state = nnx.split(module)
+    return _replay_output(graphdef, state, arguments, dict(replay))
+
+
+def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments) -> tuple[tuple[Path, ...], ...]:
+    """The paths in the order of their first call; those that read the very same arrays stand together.
+
+    Nothing is computed. Arguments may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        InputError: a path names no module, or one that is not called.
+    """
+    graphdef, state = nnx.split(module)
+    groups: dict[tuple[int, ...], list[Path]] = {}
+
+    def trace(state: nnx.State, arguments: Arguments) -> None:
+        tape = _record(graphdef, state, paths, arguments, {})[1]
+        for path, calls in tape.items():
+            groups.setdefault(tuple(id(call[0]) for call in calls), []).append(path)
+
+    jax.eval_shape(trace, state, arguments)
+    return tuple(map(tuple, groups.values()))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _capture(
+    graphdef: nnx.GraphDef,
+    paths: tuple[Path, ...],
+    state: nnx.State,
+    arguments: Arguments,
+    replay: dict[Path, tuple[Arguments, ...]],
+) -> dict[Path, tuple[Arguments, ...]]:
+    tape = _record(graphdef, state, paths, arguments, replay)[1]
+    return {path: tuple(tape[path]) for path in paths}
+
+
+@partial(jax.jit, static_argnums=0)
+def _replay_output(
+    graphdef: nnx.GraphDef, state: nnx.State, arguments: Arguments, replay: dict[Path, tuple[Arguments, ...]]
+) -> Any:
+    return _record(graphdef, state, (), arguments, replay)[0]
+
+
+def _record(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    paths: Sequence[Path],
+    arguments: Arguments,
+    replay: Mapping[Path, tuple[Arguments, ...]],
+) -> tuple[Any, dict[Path, list[Arguments]]]:
+    """Output and calls, under a trace: the module is a fresh one, so taps may stand in it."""
+    module, tape = nnx.merge(graphdef, state), _Tape(replay)
+    taps = {path: _Tap(module_at(module, path), path, tape) for path in dict.fromkeys((*paths, *replay))}
+    # Inner modules first: a path through a replaced parent would lead into the tap.
+    for path in sorted(taps, key=lambda path: -path.count(".")):
+        replace(module, {path: taps[path]})
+    output = module(*arguments)  # pyright: ignore[reportCallIssue]
+    for path in paths:
+        if path not in tape.calls:
+            raise InputError(
+                f"layer {path} was not called when the model ran: leave it out, or name it by another rule"
+            )
+    return output, {path: tape.calls[path] for path in tape.calls if path in paths}
+
+
+class _Tape:
+    """Calls of one run, in order."""
+
+    def __init__(self, replay: Mapping[Path, tuple[Arguments, ...]]) -> None:
+        self.calls: dict[Path, list[Arguments]] = {}
+        self.replay = replay
+
+    def passed(self, path: Path, arguments: Arguments) -> Arguments:
+        calls = self.calls.setdefault(path, [])
+        calls.append(arguments)
+        return self.replay[path][len(calls) - 1] if path in self.replay else arguments
+
+
+class _Tap(nnx.Module):
+    """Stands in the place of a module and notes what it is called with."""
+
+    def __init__(self, module: nnx.Module, path: Path, tape: _Tape) -> None:
+        self.module, self.path, self.tape = module, path, tape
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.module(*self.tape.passed(self.path, arguments), **options)  # pyright: ignore[reportCallIssue]
