@@ -20,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jquant.core.errors import InputError
 from jquant.models import rope
 from jquant.models.config import ModelConfig
+from jquant.models.equivalences import equivalences
 from jquant.models.feed_forward import feed_forward
 from jquant.models.norms import RMSNorm, make_norm
 from jquant.nn.linear import PRECISION, Linear, matmul_transposed
+from jquant.nn.protocol import Equivalence
 
 
 class Context(NamedTuple):
@@ -49,6 +51,10 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([DecoderBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.head = Head(config, self.embed, dtype=dtype, rngs=rngs)
+
+    def equivalences(self) -> tuple[Equivalence, ...]:
+        """Where channels of a block can be rescaled; the same for all blocks."""
+        return equivalences(self.config)
 
     def contexts(self, length: int) -> list[Context]:
         """Contexts of a whole sequence at positions 0 … length − 1, causal; one a block.
