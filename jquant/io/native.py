@@ -129,24 +129,11 @@ class Native:
         if name not in self.description["tensors"]:
             raise InputError(f"{self.path}: there is no tensor {shown(name)} among its {len(self.names)}")
         entry = self.description["tensors"][name]
-        template = _template(entry)
         with self._lock:
-            if any(_key(name, part) not in self._arrays for part in _parts(template)):
+            if any(_key(name, array) not in self._arrays for array in _parts(_template(entry))):
                 self._arrays.update(_restore(self.path / ARRAYS / entry["part"], self._keys(entry["part"])))
-            arrays = {part: self._arrays.pop(_key(name, part)) for part in _parts(template)}
-        what = f"{self.path}: tensor {shown(name)}"
-        for part, wanted in _parts(template).items():
-            if arrays[part].shape != wanted.shape or arrays[part].dtype != wanted.dtype:
-                raise InputError(
-                    f"{what}: array {part} is {arrays[part].dtype}{list(arrays[part].shape)}, {DESCRIPTION} calls for "
-                    f"{wanted.dtype}{list(wanted.shape)}"
-                )
-        tensor = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
-        if _hash(tensor, entry) != entry["sha256"]:
-            raise InputError(
-                f"{what}: {ARRAYS}/ and {DESCRIPTION} do not belong together: one was changed after saving"
-            )
-        return tensor
+            arrays = {array: self._arrays.pop(_key(name, array)) for array in _parts(_template(entry))}
+        return _assembled(self.path, name, entry, arrays)
 
     def _keys(self, part: str) -> list[str]:
         table = self.description["tensors"].items()
@@ -208,6 +195,16 @@ def write_part(
     table = {name: {**_describe(tensor), "part": part} for name, tensor in tensors.items()}
     _save(place, tensors)
     return table
+
+
+def read_part(folder: Path, part: str, table: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray | QTensor]:
+    """What `write_part` saved. Raises InputError where an array is missing or damaged."""
+    places = {name: _parts(_template(entry)) for name, entry in table.items()}
+    found = _restore(folder / ARRAYS / part, [_key(name, array) for name in places for array in places[name]])
+    return {
+        name: _assembled(folder, name, table[name], {array: found[_key(name, array)] for array in places[name]})
+        for name in places
+    }
 
 
 def complete(
@@ -313,6 +310,23 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _assembled(
+    folder: Path, name: str, entry: Mapping[str, Any], arrays: dict[str, np.ndarray]
+) -> np.ndarray | QTensor:
+    """The tensor of these arrays. Raises InputError where they are not what the entry says."""
+    template, what = _template(entry), f"{folder}: tensor {shown(name)}"
+    for part, wanted in _parts(template).items():
+        if arrays[part].shape != wanted.shape or arrays[part].dtype != wanted.dtype:
+            raise InputError(
+                f"{what}: array {part} is {arrays[part].dtype}{list(arrays[part].shape)}, {DESCRIPTION} calls for "
+                f"{wanted.dtype}{list(wanted.shape)}"
+            )
+    tensor = jax.tree.unflatten(jax.tree.structure(template), list(arrays.values()))
+    if _hash(tensor, entry) != entry["sha256"]:
+        raise InputError(f"{what}: {ARRAYS}/ and {DESCRIPTION} do not belong together: one was changed after saving")
+    return tensor
 
 
 def _describe(tensor: np.ndarray | jax.Array | QTensor) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def test_swapped_tensors_and_foreign_arrays_are_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 3; this jquant reads jquant-native version 2"),
+        (lambda d: d.update(version=3), "version 3; this jquant reads jquant-native version 2"),
         (lambda d: d.update(format="other"), "format 'other'"),
         (lambda d: d.pop("tensors"), "the table of tensors is missing"),
         (lambda d: d.update(files=[]), "the table of files is missing"),

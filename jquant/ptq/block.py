@@ -1,0 +1,302 @@
+"""One block of the pipeline: transform it, then solve its layers in the order in which data reaches them.
+
+{q, k, v} → {o} → {gate, up} → {down}: layers that read the same input are solved with the same statistics, and those
+after them see what the quantized ones give (true-sequential, SPEC 4). A quantized layer stays a float layer holding the
+decoded weight until the block is done: that computes the same, bit for bit, and blocks of equal structure share their
+compiled programs.
+
+Reference: GPTQ (Frantar et al., 2210.17323), 3.3; --true-sequential of its authors' code.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jquant.calib import gram
+from jquant.calib.gram import Gram, GramState
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.scheme import Scheme, Tensor
+from jquant.core.scheme import scheme as parse_scheme
+from jquant.nn.capture import Arguments, capture, input_groups, replay_output
+from jquant.nn.linear import ExpertLinear, Linear
+from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weight_matrix
+from jquant.nn.protocol import Equivalence
+from jquant.nn.surgery import Path, module_at, replace
+from jquant.nn.w8a8 import static_parameters, w8a8_layer
+from jquant.ptq.activations import Store
+from jquant.ptq.coverage import LayerReport, TransformReport
+from jquant.ptq.methods import SOLVERS
+from jquant.ptq.recipe import Rule
+from jquant.ptq.solver import Solution
+from jquant.ptq.transforms import TRANSFORMS, configured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The calibration batches as they enter a block; `store` keeps what layers inside read, under their paths."""
+
+    count: int
+    arguments: Callable[[int], Arguments]
+    mask: Callable[[int], jax.Array | None]  # True for positions that count; None: all do
+    store: Store
+
+
+class Solved(NamedTuple):
+    """What became of a block."""
+
+    layers: dict[Path, nnx.Module]  # packed, to be put in the place of the float ones
+    reports: list[LayerReport]
+    transforms: list[TransformReport]
+
+
+def quantize_block(
+    block: nnx.Module,
+    rules: Mapping[Path, Rule],
+    data: Data | None,
+    *,
+    equivalences: Sequence[Equivalence] = (),
+    prefix: str = "",
+) -> Solved:
+    """Quantizes the layers that have a rule. The block keeps float layers, with the decoded weights in them.
+
+    Args:
+        block: float; changed in place.
+        rules: of its layers, by path within the block.
+        data: what enters it; None where no rule needs data. Afterwards `store` holds the inputs of all layers, as the
+            quantized block has them, ready for `block_outputs`.
+        equivalences: where transforms may rescale channels.
+        prefix: before the paths in reports and messages, as "blocks.3.".
+
+    Raises:
+        InputError: a rule does not fit a layer, or statistics are not finite; the message names the layer.
+    """
+    rewritten = _transform(block, rules, data, equivalences, prefix)
+    groups = [(path,) for path in rules]
+    if data is not None:
+        groups = input_groups(block, tuple(rules), data.arguments(0))
+    replayed: list[Path] = []
+    packed: dict[Path, nnx.Module] = {}
+    reports: list[LayerReport] = []
+    for group in groups:
+        started = time.perf_counter()
+        statistics = None
+        if data is not None:
+            _capture_inputs(block, group, replayed, data)
+            statistics = _gram(block, group, data, prefix)
+            replayed.extend(group)
+        shared = (time.perf_counter() - started) / len(group)
+        for path in group:
+            layer, report = _solve_layer(block, path, rules[path], statistics, data, prefix, shared)
+            packed[path] = layer
+            reports.append(report)
+    return Solved(packed, reports, rewritten)
+
+
+def block_outputs(block: nnx.Module, solved: Solved, data: Data) -> Callable[[int], Any]:
+    """What the quantized block gives for each batch, run on from the inputs in `data.store`."""
+    paths = tuple(solved.layers)
+
+    def output(batch: int) -> Any:
+        return replay_output(block, data.arguments(batch), replay=_inputs(data, paths, batch))
+
+    return output
+
+
+def rule_needs_data(rule: Rule) -> bool:
+    """Whether the rule's methods learn from calibration data."""
+    static = rule.activation is not None and isinstance(parse_scheme(rule.activation).granularity, Tensor)
+    return bool(rule.transforms) or SOLVERS[rule.method.name].needs_gram or static
+
+
+def _transform(
+    block: nnx.Module, rules: Mapping[Path, Rule], data: Data | None, places: Sequence[Equivalence], prefix: str
+) -> list[TransformReport]:
+    """Each transform at the places whose consumers all ask for it, in the order of the rules."""
+    steps = dict.fromkeys(step for rule in rules.values() for step in rule.transforms)
+    reports: list[TransformReport] = []
+    for step in steps:
+        wanted = [path for path, rule in rules.items() if step in rule.transforms]
+        fitting = [place for place in places if all(path in wanted for path in place.consumers)]
+        if not fitting:
+            raise InputError(
+                f"{step.name} on {prefix}{wanted[0]}: no norm or layer before it can take the scales up; "
+                "a rule must name all layers that read the same input, or leave the transform out"
+            )
+        assert data is not None
+        apply, config = TRANSFORMS[step.name].apply, configured(TRANSFORMS, step.name, step.options)
+        reports += apply(block, fitting, {path: rules[path] for path in wanted}, data, config, prefix)
+    return reports
+
+
+def _capture_inputs(block: nnx.Module, group: Sequence[Path], replayed: Sequence[Path], data: Data) -> None:
+    """Puts the group's inputs into the store, once under each path."""
+    for batch in range(data.count):
+        before = _inputs(data, replayed, batch)
+        calls = capture(block, group[:1], data.arguments(batch), replay=before)[group[0]]
+        for path in group:
+            data.store.put(path, batch, calls)
+
+
+def _inputs(data: Data, paths: Sequence[Path], batch: int) -> dict[Path, tuple[Arguments, ...]]:
+    return {path: data.store.get(path, batch) for path in paths}
+
+
+def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> Gram:
+    layer = module_at(block, group[0])
+    state: GramState | None = None
+    for batch in range(data.count):
+        for call in data.store.get(group[0], batch):
+            if isinstance(layer, ExpertLinear):
+                if data.mask(batch) is not None:
+                    raise InputError(f"{prefix}{group[0]}: masks do not reach experts; give batches without padding")
+                state = gram.init(call[0].shape[-1], len(call[1])) if state is None else state
+                state = _update_grouped(state, *call)
+            else:
+                rows = input_rows(layer, call[0])
+                mask = _mask_of(data.mask(batch), rows, prefix + group[0])
+                state = gram.init(rows.shape[-1]) if state is None else state
+                state = _update(state, rows, mask)
+    assert state is not None, "input_groups refuses layers that are not called"
+    found = _finalize(state)
+    gram.check(found, f"layer {prefix}{group[0]}")
+    return found
+
+
+def _mask_of(mask: jax.Array | None, rows: jax.Array, what: str) -> jax.Array | None:
+    if mask is not None and mask.shape != rows.shape[:-1]:
+        raise InputError(f"{what}: a mask of {mask.shape} for inputs of {rows.shape}: it must be one entry a row")
+    return mask
+
+
+_update = jax.jit(gram.update, donate_argnums=0)
+_finalize = jax.jit(gram.finalize)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _update_grouped(state: GramState, x: jax.Array, counts: jax.Array) -> GramState:
+    return gram.update_grouped(state, x, counts)
+
+
+def _solve_layer(
+    block: nnx.Module,
+    path: Path,
+    rule: Rule,
+    statistics: Gram | None,
+    data: Data | None,
+    prefix: str,
+    seconds: float,
+) -> tuple[nnx.Module, LayerReport]:
+    """Solves one layer, puts the decoded weight into it, and reports."""
+    started = time.perf_counter()
+    layer, scheme = module_at(block, path), parse_scheme(rule.scheme or "")
+    weight = weight_matrix(layer)
+    check_finite(weight, prefix + path)
+    try:
+        solution = solve(weight, statistics, scheme, rule)
+        module = _packed(layer, path, rule, solution.qtensor, data)
+    except InputError as error:
+        raise InputError(f"layer {prefix}{path}: {error}") from error
+    if rule.activation is None:
+        set_weight_matrix(layer, _decoded(solution.qtensor))
+    else:
+        replace(block, {path: module})
+    seconds += time.perf_counter() - started
+    return module, weight_report(prefix + path, rule, weight, solution, statistics, seconds)
+
+
+def weight_report(
+    path: Path, rule: Rule, weight: jax.Array, solution: Solution, statistics: Gram | None, seconds: float
+) -> LayerReport:
+    """What a solution cost."""
+    scheme = solution.qtensor.scheme
+    rounding, error = _errors(weight, solution.qtensor, scheme, statistics)
+    return LayerReport(
+        path=path,
+        method=rule.method.name,
+        scheme=str(scheme),
+        activation=rule.activation,
+        transforms=tuple(step.name for step in rule.transforms),
+        shape=tuple(weight.shape),
+        bits_per_weight=solution.qtensor.bits_per_weight,
+        on_data=statistics is not None,
+        rounding_error=float(rounding),
+        error=float(error),
+        damping=float(jnp.max(solution.damping)),
+        fallback=bool(jnp.any(solution.fallback)),
+        seconds=seconds,
+    )
+
+
+def solve(weight: jax.Array, statistics: Gram | None, scheme: Scheme, rule: Rule) -> Solution:
+    """The rule's solver on one matrix, or on each of a stack."""
+    solver = SOLVERS[rule.method.name]
+    config = configured(SOLVERS, rule.method.name, rule.method.options)
+    known = statistics if solver.needs_gram else None
+    if weight.ndim == 2:
+        return solver.solve(weight, known, scheme, config=config)
+    return jax.vmap(partial(solver.solve, scheme=scheme, config=config), in_axes=(0, None if known is None else 0))(
+        weight, known
+    )
+
+
+def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Data | None) -> nnx.Module:
+    if rule.activation is None:
+        return packed_layer(layer, weight)
+    if not isinstance(layer, Linear | ExpertLinear):
+        raise InputError(f"activations in {rule.activation}: only decoders' linear layers can quantize their inputs")
+    activation = parse_scheme(rule.activation)
+    if not isinstance(activation.granularity, Tensor):
+        return w8a8_layer(layer, weight, activation=activation)
+    assert data is not None
+    ranges = [_range(call[0]) for batch in range(data.count) for call in data.store.get(path, batch)]
+    lowest, highest = jnp.min(jnp.stack([r[0] for r in ranges])), jnp.max(jnp.stack([r[1] for r in ranges]))
+    scale, zero = static_parameters(lowest, highest, activation)
+    return w8a8_layer(layer, weight, activation=activation, input_scale=scale, input_zero_point=zero)
+
+
+def check_finite(weight: jax.Array, path: Path) -> None:
+    """Raises InputError naming the layer where its weight holds a NaN or an infinity."""
+    if not bool(_is_finite(weight)):
+        raise InputError(f"layer {path}: its weight holds a NaN or an infinity; weights must be finite")
+
+
+@jax.jit
+def _is_finite(weight: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(weight))
+
+
+@jax.jit
+def _range(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.min(x), jnp.max(x)
+
+
+@jax.jit
+def _decoded(q: QTensor) -> jax.Array:
+    return dequantize(q)
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _errors(weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | None) -> tuple[jax.Array, jax.Array]:
+    """Squared and relative, of rounding to nearest and of the solution, over a whole stack: see `LayerReport`."""
+    weight = weight.astype(jnp.float32)
+    rounded = dequantize(quantize(weight, scheme), jnp.float32)
+    size = _squares(weight, statistics)
+    size = jnp.where(size > 0, size, 1.0)
+    found = dequantize(value, jnp.float32)
+    return _squares(rounded - weight, statistics) / size, _squares(found - weight, statistics) / size
+
+
+def _squares(error: jax.Array, statistics: Gram | None) -> jax.Array:
+    if statistics is None:
+        return jnp.sum(error * error)
+    weighted = jnp.matmul(error, statistics.matrix, precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(jnp.sum(weighted * error), 0.0)

@@ -1,0 +1,380 @@
+"""Quantizes a model block by block: load one, learn from what enters it, solve, go on with what it gives, write it out.
+
+    quantize_model(model, recipe, batches)                    a model in memory
+    quantize_blocks(source, recipe, batches, workdir=…)       one that is loaded a block at a time, and may be resumed
+
+Memory holds one block, its statistics and the activations of the calibration data, which may go to disk. Each finished
+block is a point to go on from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jquant.core.errors import InputError
+from jquant.nn.install import activations_of, install, tensors_of
+from jquant.nn.linear import Quantized
+from jquant.nn.protocol import CausalLM, apply
+from jquant.nn.surgery import Path, replace
+from jquant.ptq.activations import InMemory, Store
+from jquant.ptq.block import Data, Solved, block_outputs, check_finite, quantize_block, rule_needs_data, solve
+from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
+from jquant.ptq.recipe import Recipe, Rule, assign
+from jquant.ptq.sharding import spread_batch, spread_rows
+from jquant.ptq.source import ModelSource, Source, layer_shapes
+from jquant.ptq.workdir import Workdir
+
+EMBEDDING = "embed"
+_STATES = "states"  # key of what enters the block at hand
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A part was finished, or found finished."""
+
+    part: str  # "block-0003", "outer"
+    done: int
+    total: int
+    reports: tuple[LayerReport, ...]
+    seconds: float
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What stays the same through a run."""
+
+    rules: Mapping[Path, Rule]
+    batches: Sequence[Any] | None
+    masks: Sequence[Any] | None
+    contexts: Sequence[Any]
+    store: Store
+    mesh: Mesh | None
+    workdir: Workdir | None
+    needs_data: bool
+
+
+def quantize_model(
+    model: Any,
+    recipe: Recipe,
+    batches: Sequence[Any] | None = None,
+    *,
+    masks: Sequence[Any] | None = None,
+    mesh: Mesh | None = None,
+    workdir: Workdir | None = None,
+    store: Store | None = None,
+    progress: Listener | None = None,
+) -> tuple[Any, Coverage]:
+    """Quantizes a model in place.
+
+    Args:
+        model: a decoder in three parts (nn/protocol.py); or any NNX module, which is then one block.
+        recipe: what happens to which layers.
+        batches: calibration data: token ids int32 [batch, time], all of one shape; for other modules the arrays, or
+            tuples of arrays, that they are called with. None where no rule needs data.
+        masks: one a batch, True for the positions that count; None where there is no padding.
+        mesh: with axes "data" (batches) and "tensor" (rows of weights), or one of them.
+        workdir: keeps finished parts, so that a killed run goes on (ptq/workdir.py).
+        store: of activations; by default in memory.
+        progress: hears of every finished block.
+
+    Returns:
+        The model, its layers replaced by packed ones, and the coverage report.
+
+    Raises:
+        InputError: the recipe does not fit the model, or the data does not fit the recipe.
+    """
+    store = InMemory() if store is None else store
+    if not all(hasattr(model, part) for part in ("embed", "blocks", "head")):
+        return model, _quantize_whole(model, recipe, batches, masks, mesh, store)
+    decoder = cast(CausalLM, model)
+
+    def put_back(index: int, block: nnx.Module) -> None:
+        decoder.blocks[index] = block
+
+    coverage = quantize_blocks(
+        ModelSource(decoder),
+        recipe,
+        batches,
+        masks=masks,
+        mesh=mesh,
+        workdir=workdir,
+        store=store,
+        progress=progress,
+        put_back=put_back,
+    )
+    return model, coverage
+
+
+def quantize_blocks(
+    source: Source,
+    recipe: Recipe,
+    batches: Sequence[Any] | None,
+    *,
+    workdir: Workdir | None,
+    masks: Sequence[Any] | None = None,
+    mesh: Mesh | None = None,
+    store: Store | None = None,
+    progress: Listener | None = None,
+    put_back: Callable[[int, nnx.Module], None] | None = None,
+) -> Coverage:
+    """Quantizes a decoder whose blocks come from `source`; finished ones go to `workdir` and to `put_back`.
+
+    Arguments, errors as `quantize_model`.
+    """
+    started = time.perf_counter()
+    shapes = source.shapes()
+    rules = assign(recipe, list(shapes))
+    check_rules(rules, shapes, batches is not None)
+    needs_data = any(map(rule_needs_data, rules.values()))
+    if needs_data and (not batches or np.shape(batches[0])[-1] < 2):
+        raise InputError("the recipe's methods learn from data: give calibration batches of at least 2 tokens")
+    length = np.shape(batches[0])[-1] if needs_data and batches else 1
+    run = _Run(
+        rules=rules,
+        batches=batches if needs_data else None,
+        masks=masks,
+        contexts=source.contexts(length),
+        store=InMemory() if store is None else store,
+        mesh=mesh,
+        workdir=workdir,
+        needs_data=needs_data,
+    )
+    layers: list[LayerReport] = []
+    transforms: list[TransformReport] = []
+    ready = -1  # the block whose inputs are in the store
+    for index in range(source.depth + 1):
+        began = time.perf_counter()
+        part = f"block-{index:04d}" if index < source.depth else "outer"
+        found = None if workdir is None else workdir.record(part)
+        if found is not None:
+            reports = [LayerReport.from_json(record) for record in found["layers"]]
+            rewritten = [TransformReport.from_json(record) for record in found["transforms"]]
+            if put_back is not None:
+                _restore(source, workdir, part, index, found["activations"], put_back)
+        else:
+            if run.needs_data and ready != index:
+                _load_states(run, source, index)
+            module = source.block(index) if index < source.depth else source.outer()
+            solved = _one_block(run, module, index, source) if index < source.depth else _outer(run, module)
+            reports, rewritten, ready = solved.reports, solved.transforms, index + 1
+            if put_back is not None and index < source.depth:
+                put_back(index, module)
+        layers += reports
+        transforms += rewritten
+        if progress is not None:
+            seconds = time.perf_counter() - began
+            event = Event(part=part, done=index + 1, total=source.depth + 1, reports=tuple(reports), seconds=seconds)
+            progress(event)
+    left = tuple(path for path in shapes if path not in rules)
+    seconds = time.perf_counter() - started
+    return Coverage(layers=tuple(layers), transforms=tuple(transforms), left_alone=left, seconds=seconds)
+
+
+def check_rules(rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...]], has_data: bool) -> None:
+    """Raises InputError naming layer and rule where one cannot be done; nothing is computed."""
+    seen: set[tuple[Rule, tuple[int, ...]]] = set()
+    for path, rule in rules.items():
+        if rule_needs_data(rule) and not has_data:
+            raise InputError(
+                f"layer {path}: {rule.method.name} and its transforms learn from data: give calibration text"
+            )
+        if path == EMBEDDING and (rule_needs_data(rule) or rule.activation):
+            raise InputError(f"layer {path}: an embedding has no input to learn from; use rtn, rtn-mse or hqq for it")
+        if (rule, shapes[path]) in seen:
+            continue
+        seen.add((rule, shapes[path]))
+        try:
+            abstract_solution(rule, shapes[path])
+        except InputError as error:
+            raise InputError(f"layer {path}: {error}") from error
+
+
+def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:
+    """The shapes of the rule's solution on a weight of this shape. Raises InputError where the method refuses it."""
+    from jquant.calib.gram import Gram
+    from jquant.core.scheme import scheme
+
+    def on_nothing() -> Any:
+        square = jnp.zeros((*shape[:-2], shape[-1], shape[-1]))
+        return solve(jnp.zeros(shape), Gram(square, jnp.zeros(shape[:-2])), scheme(rule.scheme or ""), rule)
+
+    return jax.eval_shape(on_nothing)
+
+
+def _one_block(run: _Run, block: nnx.Module, index: int, source: Source) -> Solved:
+    """Quantizes a block, leaves it packed, and puts what it gives where the next one looks."""
+    prefix = f"blocks.{index}."
+    rules = {path.removeprefix(prefix): rule for path, rule in run.rules.items() if path.startswith(prefix)}
+    data = _data(run, lambda state: (state, run.contexts[index])) if run.needs_data else None
+    solved = Solved({}, [], [])
+    if run.mesh is not None:
+        spread_rows(block, run.mesh)
+    if rules:
+        solved = quantize_block(block, rules, data, equivalences=source.equivalences(), prefix=prefix)
+    if data is not None:
+        output = block_outputs(block, solved, data)
+        for batch in range(data.count):
+            run.store.put(_STATES, batch, output(batch))
+        for path in solved.layers:
+            run.store.drop(path)
+        if run.workdir is not None:
+            run.workdir.save_states(index + 1, _States(run.store, data.count))
+    replace(block, solved.layers)
+    if run.workdir is not None:
+        run.workdir.finish(f"block-{index:04d}", tensors_of(block, prefix=prefix), _record(block, solved, prefix))
+    return solved
+
+
+def _outer(run: _Run, model: Any) -> Solved:
+    """Quantizes embedding and output projection, where rules name them."""
+    rules = {path.removeprefix("head."): rule for path, rule in run.rules.items() if path.startswith("head.")}
+    data = _data(run, lambda state: (state,)) if run.needs_data else None
+    solved = Solved({}, [], [])
+    if rules:
+        solved = quantize_block(model.head, rules, data, prefix="head.")
+        replace(model.head, solved.layers)
+    if EMBEDDING in run.rules:
+        solved.reports.append(_quantize_embedding(model.embed, run.rules[EMBEDDING]))
+    if run.workdir is not None:
+        tensors = tensors_of(model.embed, prefix="embed.")
+        tensors |= {
+            path: value
+            for path, value in tensors_of(model.head, prefix="head.").items()
+            if not path.startswith("head.embed.")  # tied: it is the embedding above
+        }
+        run.workdir.finish("outer", tensors, _record(model.head, solved, "head."))
+    return solved
+
+
+def _quantize_embedding(embedding: Any, rule: Rule) -> LayerReport:
+    from jquant.core.scheme import scheme
+    from jquant.ptq.block import weight_report
+
+    started = time.perf_counter()
+    weight = embedding.weight.get_value()
+    check_finite(weight, EMBEDDING)
+    solution = solve(weight, None, scheme(rule.scheme or ""), rule)
+    embedding.weight = Quantized(solution.qtensor)
+    return weight_report(EMBEDDING, rule, weight, solution, None, time.perf_counter() - started)
+
+
+def _record(module: nnx.Module, solved: Solved, prefix: str) -> dict[str, Any]:
+    return {
+        "layers": [report.as_json() for report in solved.reports],
+        "transforms": [report.as_json() for report in solved.transforms],
+        "activations": activations_of(module, prefix=prefix),
+    }
+
+
+def _restore(
+    source: Source,
+    workdir: Workdir | None,
+    part: str,
+    index: int,
+    activations: Mapping[Path, str],
+    put_back: Callable[[int, nnx.Module], None],
+) -> None:
+    """A part that an earlier run finished, into the model."""
+    assert workdir is not None
+    tensors = workdir.read(part)
+    if index == source.depth:
+        install(source.outer(), tensors, activations)
+        return
+    prefix, block = f"blocks.{index}.", source.block(index)
+    inner = {path.removeprefix(prefix): value for path, value in tensors.items()}
+    install(block, inner, {path.removeprefix(prefix): spec for path, spec in activations.items()})
+    put_back(index, block)
+
+
+class _States(Sequence[Any]):
+    """What is in the store, one batch at a time."""
+
+    def __init__(self, store: Store, batches: int) -> None:
+        self.store, self.batches = store, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, batch: Any) -> Any:
+        if batch >= self.batches:
+            raise IndexError(batch)
+        return self.store.get(_STATES, batch)
+
+
+def _load_states(run: _Run, source: Source, index: int) -> None:
+    """What enters block `index` into the store: from the embedding, or as an earlier run left it."""
+    assert run.batches is not None
+    if index == 0:
+        embed = source.outer().embed
+        for batch, tokens in enumerate(run.batches):
+            run.store.put(_STATES, batch, apply(embed, spread_batch(jnp.asarray(tokens), run.mesh)))
+        return
+    assert run.workdir is not None
+    state = jax.eval_shape(lambda tokens: source.outer().embed(tokens), jnp.asarray(run.batches[0]))
+    states = run.workdir.load_states(index, len(run.batches), state.dtype)
+    if states is None:
+        raise InputError(f"{run.workdir.path}: what enters block {index} is missing; remove the folder to start again")
+    for batch, value in enumerate(states):
+        run.store.put(_STATES, batch, spread_batch(value, run.mesh))
+
+
+def _data(run: _Run, arguments: Callable[[Any], tuple[Any, ...]]) -> Data:
+    assert run.batches is not None
+    return Data(
+        count=len(run.batches),
+        arguments=lambda batch: arguments(run.store.get(_STATES, batch)),
+        mask=lambda batch: None if run.masks is None else jnp.asarray(run.masks[batch]),
+        store=run.store,
+    )
+
+
+def _quantize_whole(
+    model: nnx.Module,
+    recipe: Recipe,
+    batches: Sequence[Any] | None,
+    masks: Sequence[Any] | None,
+    mesh: Mesh | None,
+    store: Store,
+) -> Coverage:
+    """A module that is no decoder, as one block."""
+    started = time.perf_counter()
+    shapes = layer_shapes(model)
+    rules = assign(recipe, list(shapes))
+    check_rules(rules, shapes, batches is not None)
+    data = None
+    if any(map(rule_needs_data, rules.values())):
+        assert batches is not None
+        given = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+        if not given:
+            raise InputError("the recipe's methods learn from data: give at least one calibration batch")
+        data = Data(
+            count=len(given),
+            arguments=lambda batch: spread_batch(given[batch], mesh),
+            mask=lambda batch: None if masks is None else jnp.asarray(masks[batch]),
+            store=store,
+        )
+    if mesh is not None:
+        spread_rows(model, mesh)
+    solved = quantize_block(model, rules, data)
+    for path in solved.layers:
+        store.drop(path)
+    replace(model, solved.layers)
+    left = tuple(path for path in shapes if path not in rules)
+    return Coverage(
+        layers=tuple(solved.reports),
+        transforms=tuple(solved.transforms),
+        left_alone=left,
+        seconds=time.perf_counter() - started,
+    )

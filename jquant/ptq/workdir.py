@@ -1,0 +1,172 @@
+"""The folder of an unfinished run: parts of the checkpoint as they are done, and what enters the next block.
+
+    definition.json       what the run computes; another run does not go on from here
+    arrays/PART/          finished tensors (io/native.py)
+    parts/PART.json       written after them, last: its being there says that the part is done
+    states-N.npy          what enters block N
+
+A run that was killed at any point goes on behind its last finished part, and gives the same bits: nothing that later
+blocks see is computed twice in different ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor
+from jquant.io.atomic import replacing
+from jquant.io.json_file import read_json
+from jquant.io.native import ARRAYS, DESCRIPTION, complete, read_part, write_part
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two runs in one folder are not told from each other
+    fcntl = None
+
+_DEFINITION = "definition.json"
+_PARTS = "parts"
+
+
+class Workdir:
+    """An opened folder; made by `open_workdir`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def record(self, part: str) -> dict[str, Any] | None:
+        """What was said of a part when it was finished; None where it is not."""
+        place = self.path / _PARTS / f"{part}.json"
+        return read_json(place)["record"] if place.exists() else None
+
+    def read(self, part: str) -> dict[str, np.ndarray | QTensor]:
+        """The tensors of a finished part. Raises InputError where they are damaged."""
+        return read_part(self.path, part, read_json(self.path / _PARTS / f"{part}.json")["table"])
+
+    def finish(
+        self, part: str, tensors: Mapping[str, np.ndarray | jax.Array | QTensor], record: Mapping[str, Any]
+    ) -> None:
+        """Saves a part. Raises InputError where it cannot be written, as on a full disk; it is then not there."""
+        with self._writing():
+            table = write_part(self.path, part, tensors)
+            with replacing(self.path / _PARTS / f"{part}.json") as file:
+                file.write(json.dumps({"table": table, "record": record}).encode())
+
+    def save_states(self, index: int, states: Sequence[Any]) -> None:
+        """Keeps what enters block `index`, one array a batch, all of one shape; those of blocks long done go."""
+        with self._writing(), replacing(self._states(index)) as file:
+            for state in states:
+                array = np.asarray(state)
+                np.lib.format.write_array(file, array if array.dtype.isbuiltin == 1 else array.view(np.uint16))
+        for old in self.path.glob("states-*.npy"):
+            if int(old.stem.removeprefix("states-")) < index - 1:
+                old.unlink(missing_ok=True)
+
+    def load_states(self, index: int, count: int, dtype: np.dtype) -> list[jax.Array] | None:
+        """What `save_states` kept for this block; None where it is not there."""
+        if not self._states(index).exists():
+            return None
+        with self._states(index).open("rb") as file:
+            return [jax.device_put(np.lib.format.read_array(file).view(dtype)) for _ in range(count)]
+
+    def publish(
+        self, target: Path, description: Mapping[str, Any], *, extra_files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Makes the folder a native checkpoint under its final name, at once."""
+        with self._writing():
+            if not (self.path / DESCRIPTION).exists():
+                table: dict[str, Any] = {}
+                for place in sorted((self.path / _PARTS).glob("*.json")):
+                    table |= read_json(place)["table"]
+                complete(self.path, table, description, extra_files=extra_files)
+            # Only now is nothing left to be done again.
+            for old in self.path.glob("states-*.npy"):
+                old.unlink()
+            shutil.rmtree(self.path / _PARTS, ignore_errors=True)
+            (self.path / _DEFINITION).unlink(missing_ok=True)
+            if target.exists():
+                target.rmdir()  # empty, as was checked; a folder replaces another only where that is
+            self.path.rename(target)
+
+    @property
+    def complete(self) -> bool:
+        """Whether only the final name is missing."""
+        return (self.path / DESCRIPTION).exists()
+
+    def _states(self, index: int) -> Path:
+        return self.path / f"states-{index}.npy"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # orbax reports a full disk as a ValueError
+            if isinstance(error, InputError):
+                raise
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.path}: cannot be written: {reason}; start the same command again to go on from the last block"
+            ) from error
+
+
+@contextlib.contextmanager
+def open_workdir(path: Path, definition: Mapping[str, Any]) -> Iterator[Workdir]:
+    """The folder of an unfinished run with this definition, made where it is not there; locked while in use.
+
+    Raises:
+        InputError: it holds another run, is in use, or cannot be made.
+    """
+    definition = json.loads(json.dumps(definition))  # as it will be read back
+    try:
+        (path / _PARTS).mkdir(parents=True, exist_ok=True)
+        (path / ARRAYS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
+    with _locked(path):
+        workdir = Workdir(path)
+        if (path / _DEFINITION).exists():
+            _check_same(path, read_json(path / _DEFINITION), definition)
+        elif not workdir.complete:
+            with replacing(path / _DEFINITION) as file:
+                file.write((json.dumps(definition, indent=1) + "\n").encode())
+        yield workdir
+
+
+def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in dict.fromkeys((*wanted, *found)):
+        if found.get(name) != wanted.get(name):
+            raise InputError(
+                f"{path}: holds an unfinished run with another {name} ({_short(found.get(name))} there, "
+                f"{_short(wanted.get(name))} here); finish that one, or remove the folder"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise InputError(f"{folder}: another process is at work there; wait for it, or choose another --out") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
