@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from jquant.core.errors import InputError
 from jquant.core.formats import GGMLBlock
-from jquant.core.ggml_decode import DECODERS, halved_ue4m3
+from jquant.core.ggml_decode import decode, halved_ue4m3
 from jquant.core.ggml_encode import EXACT
 from jquant.core.ggml_search import SEARCHED
 
@@ -52,7 +52,7 @@ def decode_rows(
     raw: UInt8[Array, "*batch out bytes"], block: GGMLBlock, columns: int
 ) -> Float32[Array, "*batch out in"]:
     """Decodes each row to its first `columns` values."""
-    values = _flat(DECODERS[block.name](raw.reshape(*raw.shape[:-1], -1, block.nbytes)))
+    values = _flat(decode(block.name, raw.reshape(*raw.shape[:-1], -1, block.nbytes)))
     return values[..., :columns]
 
 

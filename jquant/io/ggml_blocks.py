@@ -1,7 +1,7 @@
 """The types of ggml that a file may hold: how many bytes hold how many weights, and how they are decoded, in numpy.
 
-To add a type, name its decoder, which maps `blocks` uint8[n, bytes] to floats [n, elements], in its row of the table at
-the end of the file. Those of the quantized types are core's.
+To add a type, name its decoder, which fills floats [n, elements] from `blocks` uint8[n, bytes], in its row of the table
+at the end of the file. Those of the quantized types are core's.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from jquant.core.errors import InputError
+from jquant.io.mapped import aligned_empty
 
-Decoder = Callable[[np.ndarray], np.ndarray]
+Decoder = Callable[[np.ndarray, np.ndarray], None]
 
-CHUNK = 1 << 16  # elements decoded at a time: 256 kB of output and what leads to it stay in a second-level cache
+CHUNK = (
+    1 << 19
+)  # elements decoded at a time: enough to outweigh some fifty calls of numpy, and their codes stay in cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ def decode(block_type: BlockType, raw: np.ndarray, *, out: np.ndarray | None = N
             f"{raw.size} bytes are no whole number of {block_type.name} blocks of {block_type.nbytes} bytes"
         )
     if out is None:
-        out = np.empty(count * block_type.elements, np.float32)
+        out = aligned_empty((count * block_type.elements,), np.dtype(np.float32))
     if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != count * block_type.elements:
         raise InputError(
             f"out must be C-contiguous float32 of {count * block_type.elements} values, got {out.dtype} of {out.size}"
@@ -61,33 +64,44 @@ def decode(block_type: BlockType, raw: np.ndarray, *, out: np.ndarray | None = N
     blocks = raw.reshape(count, block_type.nbytes)
     rows = out.reshape(count, block_type.elements)
     step = max(1, CHUNK // block_type.elements)
+    if count > step:
+        _keep_freed_memory()
     # A scale of Inf or NaN yields Inf and NaN weights; who loads the model names the tensor.
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, count, step):
-            rows[start : start + step] = block_type.decoder(blocks[start : start + step])
+            block_type.decoder(blocks[start : start + step], rows[start : start + step])
     return out
 
 
-def _f32(blocks: np.ndarray) -> np.ndarray:
-    return blocks.view("<f4")
+def _keep_freed_memory() -> None:
+    """Lets glibc hold on to what temporary arrays free, which it else returns to the system and takes, zeroed, anew.
+
+    That can take more time than all else. Its bound is twice the largest mapped piece freed so far, at most 64 MiB
+    (M_TRIM_THRESHOLD in mallopt(3)); this one is never touched.
+    """
+    np.empty(16 << 20, np.uint8)
 
 
-def _f16(blocks: np.ndarray) -> np.ndarray:
-    return blocks.view("<f2")
+def _f32(blocks: np.ndarray, out: np.ndarray) -> None:
+    out[:] = blocks.view("<f4")
 
 
-def _bf16(blocks: np.ndarray) -> np.ndarray:
+def _f16(blocks: np.ndarray, out: np.ndarray) -> None:
+    out[:] = blocks.view("<f2")
+
+
+def _bf16(blocks: np.ndarray, out: np.ndarray) -> None:
     """A bfloat16 is the upper half of a float32."""
-    return (blocks.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    np.left_shift(blocks.view("<u2"), np.uint32(16), out=out.view(np.uint32))
 
 
 def _of_core(name: str) -> Decoder:
     """A decoder of core, which is imported with its first block: it brings jax, and listing a file needs none."""
 
-    def decoder(blocks: np.ndarray) -> np.ndarray:
-        from jquant.core.ggml_decode import DECODERS
+    def decoder(blocks: np.ndarray, out: np.ndarray) -> None:
+        from jquant.core.ggml_decode import decode_into
 
-        return DECODERS[name](blocks)
+        decode_into(out, name, blocks)
 
     return decoder
 

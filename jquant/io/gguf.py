@@ -20,7 +20,7 @@ import numpy as np
 
 from jquant.core.errors import InputError
 from jquant.io.ggml_blocks import BY_ID, BY_NAME, DECODABLE, decode
-from jquant.io.mapped import TensorInfo, check_disjoint, check_memory, map_file, shown
+from jquant.io.mapped import TensorInfo, aligned_empty, check_disjoint, check_memory, map_file, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -63,7 +63,7 @@ class GGUFFile:
         return self.data[info.offset : info.offset + info.nbytes]
 
     def read(self, name: str, *, out: np.ndarray | None = None) -> np.ndarray:
-        """The tensor decoded to a float32 array of its shape: `out`, or a fresh one.
+        """The tensor decoded to a float32 array of its shape: `out`, or a fresh one that jax can take over.
 
         Raises:
             InputError: no such tensor, or its type has no decoder here.
@@ -75,7 +75,9 @@ class GGUFFile:
                 f"{self.path}: tensor {shown(name)} is of {info.type}, which cannot be decoded; "
                 f"jquant decodes {', '.join(DECODABLE)}"
             )
-        return decode(block_type, self.raw(name), out=np.empty(info.shape, np.float32) if out is None else out)
+        if out is None:
+            out = aligned_empty(info.shape, np.dtype(np.float32))
+        return decode(block_type, self.raw(name), out=out)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -193,7 +193,7 @@ def _open_gguf(name: str, path: Path) -> Checkpoint:
     config = _with_rope_divisors(config, file)
     names = [tensor for tensor in file.tensors if not _DERIVED.fullmatch(tensor)]
     table = gguf_tensors(file.metadata["general.architecture"])
-    readers = _readers(names, table, partial(_read_gguf, file), config, path)
+    readers = _readers(names, table, file.read, config, path)
     return Checkpoint(
         name=name,
         path=path,
@@ -272,10 +272,6 @@ def _with_rope_divisors(config: ModelConfig, file: GGUFFile) -> ModelConfig:
         return dataclasses.replace(config, rope_divisors=tuple(float(value) for value in divisors.ravel()))
     except InputError as error:
         raise InputError(f"{file.path}: tensor rope_freqs.weight: {error}") from error
-
-
-def _read_gguf(file: GGUFFile, tensor: str) -> np.ndarray:
-    return file.read(tensor, out=aligned_empty(file.tensors[tensor].shape, np.dtype(np.float32)))
 
 
 def _sha256(files: tuple[Path, ...]) -> str:

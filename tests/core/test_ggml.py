@@ -13,7 +13,7 @@ import pytest
 
 from jquant.core.errors import InputError
 from jquant.core.formats import GGML_BLOCKS
-from jquant.core.ggml_decode import DECODERS
+from jquant.core.ggml_decode import PARTS
 from jquant.core.ggml_encode import EXACT
 from jquant.core.ggml_rows import decode_rows
 from jquant.core.ggml_search import SEARCHED
@@ -35,7 +35,7 @@ def _ggml(name: str) -> str:
 
 
 def test_every_type_has_a_decoder_an_encoder_and_goldens() -> None:
-    assert set(GGML_BLOCKS) == set(DECODERS) == {*EXACT, *SEARCHED}
+    assert set(GGML_BLOCKS) == set(PARTS) == {*EXACT, *SEARCHED}
     assert {_ggml(name) for name in SEARCHED} == set(RMSE)
     assert set(SEARCHED) == {name for name, block in GGML_BLOCKS.items() if block.takes_importance}
 

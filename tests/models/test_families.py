@@ -446,8 +446,9 @@ def test_opening_reads_no_weight(monkeypatch):
     assert open_checkpoint(GOLDENS / "llama_a").config.num_layers == 3
 
 
-def test_memory_that_jax_takes_over_is_used_without_a_copy():
-    array = checkpoint.aligned_empty((300, 50), np.dtype(np.float32))
+@pytest.mark.parametrize("shape", [(300, 50), (2000, 600)])  # of malloc, and in huge pages
+def test_memory_that_jax_takes_over_is_used_without_a_copy(shape):
+    array = checkpoint.aligned_empty(shape, np.dtype(np.float32))
     array[...] = 1
     if jax.default_backend() == "cpu":
         assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
