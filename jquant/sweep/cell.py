@@ -7,6 +7,7 @@ for bit, and one compiled program then serves every scheme.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,9 +57,11 @@ def measure(subject: Subject, scheme: Scheme, cell_id: str, *, progress: Callabl
     evaluated = time.perf_counter()
     assert found.divergence is not None
     error = summarize(*sums)
-    weights = {path: layer.weight.get_value() for path, layer in subject.layers.items()}
-    packed = sum(stored_bytes(scheme, weight.shape) for weight in weights.values())
-    floats = sum(weight.nbytes for weight in weights.values())
+    weights = [layer.weight.get_value() for layer in subject.layers.values()]
+    shapes = Counter(weight.shape for weight in weights)
+    # Once a shape: the bytes are found by tracing, and tracing for each layer takes longer than rounding it.
+    packed = sum(count * stored_bytes(scheme, shape) for shape, count in shapes.items())
+    floats = sum(weight.nbytes for weight in weights)
     return Cell(
         id=cell_id,
         scheme=str(scheme),
@@ -66,7 +69,7 @@ def measure(subject: Subject, scheme: Scheme, cell_id: str, *, progress: Callabl
         element=scheme.element.name,
         granularity=type(scheme.granularity).__name__.lower(),
         group_size=scheme.granularity.size if isinstance(scheme.granularity, Group) else None,
-        bits_per_weight=8 * packed / sum(weight.size for weight in weights.values()),
+        bits_per_weight=8 * packed / sum(weight.size for weight in weights),
         quantized_bytes=packed,
         model_bytes=model_bytes(subject.model) - floats + packed,
         **error._asdict(),
