@@ -203,11 +203,10 @@ def _cut(blocks: Any, start: int, stop: int, run: int, shifts: tuple[int, ...]) 
     first shift, then those at the next."""
     mask = (1 << (8 // len(shifts))) - 1
     if isinstance(blocks, np.ndarray):
-        packed = _bytes(blocks, start, stop).reshape(-1)
-        codes = np.empty((packed.size // run, len(shifts)), f"V{run}")
+        packed = _bytes(blocks, start, stop).reshape(-1).view(np.uint32)  # four bytes at a time: shifts are faster so
+        codes = np.empty((packed.nbytes // run, len(shifts)), f"V{run}")
         for place, shift in enumerate(shifts):
-            shifted = packed >> shift if shift else packed
-            codes[:, place] = (shifted & mask if shift < shifts[-1] else shifted).view(codes.dtype)
+            codes[:, place] = ((packed >> np.uint32(shift)) & np.uint32(0x01010101 * mask)).view(codes.dtype)
         return codes.view(np.uint8).reshape(*blocks.shape[:-1], -1)
     runs = blocks[..., start:stop].reshape(*blocks.shape[:-1], -1, 1, run)
     return ((runs >> np.array(shifts, np.uint8)[:, None]) & mask).reshape(*blocks.shape[:-1], -1)
