@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -175,33 +174,69 @@ def _sweep(config: SweepConfig) -> None:
 
 
 def _quantize(config: QuantizeConfig) -> None:
-    schemes = _parsed_scheme(config.scheme)
-    assert schemes is not None
-
-    from jquant import __version__
     from jquant.io.native import check_new_folder
     from jquant.models.checkpoint import open_checkpoint
-    from jquant.models.save import model_bytes, packed_bits, save
-    from jquant.ptq.rtn import quantize_layers
+    from jquant.nn.matrices import layer_shapes
+    from jquant.ptq.coverage import render
+    from jquant.ptq.pipeline import Event
+    from jquant.ptq.presets import calibrated, find_recipe
+    from jquant.ptq.recipe import one_rule
+    from jquant.quantize_checkpoint import quantize_checkpoint
 
     check_new_folder(config.out)
     checkpoint = open_checkpoint(config.model)
-    model = checkpoint.model(dtype=config.dtype)
-    before = model_bytes(model)
-    replaced = quantize_layers(model, schemes, layers=config.layers)
-    provenance = {
-        "source": checkpoint.path.name,
-        "source_sha256": checkpoint.sha256(),
-        "scheme": str(schemes),
-        "method": "rtn",
-        "layers": replaced,
-        "jquant": __version__,
-    }
-    save(model, config.out, tokenizer=checkpoint.tokenizer(), note=checkpoint.note, provenance=provenance)
-    print(
-        f"{len(replaced)} layers to {schemes} ({packed_bits(model):.3f} bits a weight, padding included): "
-        f"{before / 1e6:.1f} MB → {model_bytes(model) / 1e6:.1f} MB, {config.out}"
-    )
+    shapes = layer_shapes(checkpoint.abstract(dtype=config.dtype))
+    if config.scheme is not None:
+        recipe = one_rule(config.method, config.scheme, layers=config.layers)
+    else:
+        assert config.recipe is not None
+        recipe = find_recipe(config.recipe, shapes)
+    windows = None
+    if calibrated(recipe):
+        windows = _calibration(config, checkpoint.tokenizer(), recipe)
+    with _progress(f"quantizing {checkpoint.config.num_layers} blocks", checkpoint.config.num_layers + 1) as advance:
+
+        def heard(event: Event) -> None:
+            advance(event.done)
+            worst = max((layer.error for layer in event.reports), default=0.0)
+            if event.reports and config.verbose:
+                _console(stderr=True).print(f"{event.part}: {event.seconds:.1f} s, largest error {worst:.2e}")
+
+        coverage = quantize_checkpoint(
+            checkpoint,
+            recipe,
+            config.out,
+            calibration=windows,
+            batch=_batch(config.batch),
+            dtype=config.dtype,
+            spill=config.spill,
+            on_estimate=lambda estimate: _console(stderr=True).print(f"[dim]{estimate}[/dim]", highlight=False),
+            progress=heard,
+        )
+    if config.coverage:
+        _console().print(render(coverage))
+    weights = sum(math.prod(layer.shape) for layer in coverage.layers)
+    bits = sum(layer.bits_per_weight * math.prod(layer.shape) for layer in coverage.layers) / weights
+    print(f"{coverage.summary()}\n{bits:.3f} bits a weight, padding included; {coverage.seconds:.1f} s; {config.out}")
+
+
+def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
+    """The windows that the recipe learns from."""
+    from jquant.data.blocks import text_windows
+    from jquant.data.text import load_text
+    from jquant.ptq.presets import recommended
+
+    source, count, window = config.calibration, config.calibration_windows, config.window
+    if source == "recommended":
+        advice = recommended(recipe)
+        source, count, window = advice.text, advice.windows, advice.window
+    windows = text_windows(load_text(source), tokenizer, window=window, limit=count)
+    if len(windows.tokens) < count:
+        raise InputError(
+            f"calibration text {source!r} has {windows.total_tokens} tokens, {count} windows of {window} need "
+            f"{count * window}: give a longer text, or --calibration-windows {len(windows.tokens)}"
+        )
+    return windows
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -307,16 +342,9 @@ def _console(*, stderr: bool = False) -> Any:
 
 
 def _json(record: Any) -> str:
-    """Strict JSON, which has no NaN: null where a number says nothing, as the standard error of one window."""
-    return json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    from jquant.io.json_file import as_text
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return as_text(record)
 
 
 if __name__ == "__main__":

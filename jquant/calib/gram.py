@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jquant.core.errors import InputError
 
@@ -22,8 +22,8 @@ from jquant.core.errors import InputError
 class GramState(NamedTuple):
     """Sums so far, float32."""
 
-    products: Float[Array, "in in"]  # Σ xᵀx
-    rows: Float[Array, ""]
+    products: Float[Array, "*experts in in"]  # Σ xᵀx
+    rows: Float[Array, "*experts"]
 
 
 class Gram(NamedTuple):
@@ -33,9 +33,10 @@ class Gram(NamedTuple):
     rows: Float[Array, "*batch"]
 
 
-def init(dim: int) -> GramState:
-    """Nothing seen yet."""
-    return GramState(jnp.zeros((dim, dim), jnp.float32), jnp.float32(0))
+def init(dim: int, experts: int | None = None) -> GramState:
+    """Nothing seen yet; with `experts` one matrix for each."""
+    batch = () if experts is None else (experts,)
+    return GramState(jnp.zeros((*batch, dim, dim), jnp.float32), jnp.zeros(batch, jnp.float32))
 
 
 def update(state: GramState, x: Float[Array, "*batch in"], mask: Bool[Array, "*batch"] | None = None) -> GramState:
@@ -51,10 +52,23 @@ def update(state: GramState, x: Float[Array, "*batch in"], mask: Bool[Array, "*b
     if mask is not None:
         keep = mask.reshape(-1)
         rows, count = jnp.where(keep[:, None], rows, 0), jnp.sum(keep, dtype=jnp.float32)
-    products = jnp.einsum(
-        "ri,rj->ij", rows, rows, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-    return GramState(state.products + products, state.rows + count)
+    return GramState(state.products + _products(rows), state.rows + count)
+
+
+def update_grouped(state: GramState, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> GramState:
+    """Adds rows that are sorted by expert: the first counts[0] are of expert 0, and so on."""
+    expert = jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(x))
+
+    def one(carry: None, index: Array) -> tuple[None, Array]:
+        rows = jnp.where((expert == index)[:, None], x, 0)
+        return carry, _products(rows)
+
+    _, products = jax.lax.scan(one, None, jnp.arange(len(counts)))
+    return GramState(state.products + products, state.rows + counts)
+
+
+def _products(rows: Float[Array, "rows in"]) -> Float[Array, "in in"]:
+    return jnp.einsum("ri,rj->ij", rows, rows, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def merge(*states: GramState) -> GramState:
@@ -63,8 +77,9 @@ def merge(*states: GramState) -> GramState:
 
 
 def finalize(state: GramState) -> Gram:
-    """H, NaN where no row was seen."""
-    return Gram(state.products * (2 / state.rows), state.rows)
+    """H; NaN where no row was seen, but 0 for an expert that no row reached."""
+    rows = jnp.maximum(state.rows, 1) if state.rows.ndim else state.rows
+    return Gram(state.products * (2 / rows)[..., None, None], state.rows)
 
 
 def check(gram: Gram, what: str) -> None:

@@ -1,8 +1,9 @@
-"""The JSON files of a checkpoint folder: read as objects, with errors of one line."""
+"""JSON files: read as objects, with errors of one line, and written strictly."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_if_there(path: Path) -> dict[str, Any]:
     """The object in a JSON file that a checkpoint may leave out: empty where there is no such file."""
     return read_json(path) if path.exists() else {}
+
+
+def as_text(record: Any) -> str:
+    """Strict JSON, which has no NaN: null where a number says nothing, as the standard error of one window."""
+    return json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json(text: bytes, what: str, *, size: int | None = None) -> dict[str, Any]:

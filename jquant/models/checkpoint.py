@@ -7,11 +7,12 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,7 @@ from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
 from jquant.models.families import config_from_gguf, config_from_hf
 from jquant.models.tensor_names import Table, Transform, gguf_tensors, hf_tensors
-from jquant.nn.linear import ExpertLinear, Linear
-from jquant.nn.surgery import module_at, replace
+from jquant.nn.install import STATIC, install, tensors_of
 
 Reader = Callable[[], "np.ndarray | QTensor"]
 
@@ -58,6 +58,7 @@ class Checkpoint:
     readers: dict[str, Reader] = field(repr=False)  # by parameter path of the decoder
     weights_sha256: Callable[[], str] = field(repr=False)
     tokenizer_reader: Callable[[], Tokenizer] = field(repr=False)
+    activations: Mapping[str, str] = field(default_factory=dict, repr=False)  # schemes of layers' inputs, by path
 
     def model(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
         """The decoder with the weights of this checkpoint, cast to `dtype`; packed ones stay packed.
@@ -65,20 +66,46 @@ class Checkpoint:
         Raises:
             InputError: a tensor is missing, left over, of the wrong shape, or holds a NaN or an infinity.
         """
+        model = self.abstract(dtype=dtype)
+        self.load(model, dtype=dtype)
+        return model
+
+    def abstract(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
+        """The decoder with shapes in the place of weights; `load` fills it, or a part of it.
+
+        Raises:
+            InputError: a tensor is missing or left over.
+        """
         self._check_depth()
         model = _abstract_decoder(self.config, dtype)
-        parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-        by_path = {".".join(map(str, path)): variable for path, variable in parameters.items()}
-        self._check_complete(by_path)
-        with ThreadPoolExecutor() as pool:
-            values = dict(zip(by_path, pool.map(partial(self._read, by_path, dtype), by_path), strict=True))
-        packed = {path: value for path, value in values.items() if isinstance(value, QTensor)}
-        for path, value in values.items():
-            if path not in packed:
-                by_path[path].set_value(value)
-        nnx.update(model, nnx.from_flat_state(parameters.items()))
-        _install(model, packed)
+        self._check_complete(tensors_of(model))
         return model
+
+    def load(self, module: nnx.Module, *, prefix: str = "", dtype: DTypeLike = jnp.float32) -> None:
+        """Fills a part of `abstract` with its weights, in place.
+
+        Args:
+            module: the decoder, or the part of it at `prefix`.
+            prefix: its path with a dot behind it, as "blocks.3.".
+            dtype: of the floats; packed ones stay packed.
+
+        Raises:
+            InputError: a tensor is of the wrong shape, or holds a NaN or an infinity.
+        """
+        wanted = tensors_of(module)
+        static = [path for path in self.readers if _is_static(path) and path.startswith(prefix)]
+        with ThreadPoolExecutor() as pool:
+            values = dict(
+                zip(wanted, pool.map(partial(self._read, prefix, dtype), wanted, wanted.values()), strict=True)
+            )
+        values |= {path.removeprefix(prefix): self.readers[path]() for path in static}
+        activations = {
+            path.removeprefix(prefix): spec for path, spec in self.activations.items() if path.startswith(prefix)
+        }
+        try:
+            install(module, values, activations)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the checkpoint carries. Raises InputError where it has none that is understood."""
@@ -99,21 +126,21 @@ class Checkpoint:
                 f"{len(blocks)}: the checkpoint is incomplete"
             )
 
-    def _check_complete(self, wanted: Iterable[str]) -> None:
+    def _check_complete(self, wanted: Collection[str]) -> None:
         missing = [path for path in wanted if path not in self.readers]
         if missing:
             raise InputError(f"{self.path}: no tensor for {missing[0]}{_others(missing)}: the checkpoint is incomplete")
-        left = sorted(set(self.readers) - set(wanted))
+        left = sorted(path for path in set(self.readers) - set(wanted) if not _is_static(path))
         if left:
             raise InputError(
                 f"{self.path}: tensor for {left[0]}{_others(left)} has no place in the model its config gives"
             )
 
-    def _read(self, wanted: dict[str, nnx.Variable], dtype: DTypeLike, path: str) -> jax.Array | QTensor:
+    def _read(self, prefix: str, dtype: DTypeLike, path: str, expected: jax.ShapeDtypeStruct) -> jax.Array | QTensor:
+        path = prefix + path
         value, what = self.readers[path](), f"{self.path}: tensor for {path}"
-        expected = wanted[path].get_value().shape
-        if tuple(value.shape) != tuple(expected):
-            raise InputError(f"{what} has shape {tuple(value.shape)}, its config asks for {tuple(expected)}")
+        if tuple(value.shape) != tuple(expected.shape):
+            raise InputError(f"{what} has shape {tuple(value.shape)}, its config asks for {tuple(expected.shape)}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise InputError(f"{what} has dtype {value.dtype}, weights must be floats")
         if isinstance(value, QTensor):
@@ -237,7 +264,20 @@ def _open_native(name: str, path: Path) -> Checkpoint:
         readers={tensor: partial(opened.read, tensor) for tensor in opened.names},
         weights_sha256=lambda: opened.sha256,
         tokenizer_reader=lambda: tokenizer_from_json(path),
+        activations=_activations(opened.description, path),
     )
+
+
+def _activations(description: Mapping[str, Any], path: Path) -> dict[str, str]:
+    found = description.get("activations", {})
+    if not isinstance(found, dict) or not all(isinstance(spec, str) for spec in found.values()):
+        raise InputError(f"{path}: the schemes of activations are damaged: {one_line(ValueError(found))}")
+    return found
+
+
+def _is_static(path: str) -> bool:
+    """Whether a tensor is a scale of a layer's input, which no config asks for."""
+    return path.rpartition(".")[2] in STATIC
 
 
 def _read_config(read: Callable[[], ModelConfig], depth: object, tensors: Collection[str], source: Path) -> ModelConfig:
@@ -351,18 +391,6 @@ def _gguf_note(file: GGUFFile) -> str:
 def _hf_note(folder: HFDirectory) -> str:
     types = Counter(info.type for info in folder.tensors.values())
     return f"weights stored as {types.most_common(1)[0][0]}" if types else ""
-
-
-def _install(model: Decoder, packed: dict[str, QTensor]) -> None:
-    """Replaces the linear layers whose weights came packed."""
-    layers = {}
-    for path, weight in packed.items():
-        layer_path, _, leaf = path.rpartition(".")
-        layer = module_at(model, layer_path)
-        if leaf != "weight" or not isinstance(layer, Linear | ExpertLinear):
-            raise InputError(f"packed tensor {path}: only weights of linear layers can stay packed")
-        layers[layer_path] = layer.packed(weight)
-    replace(model, layers)
 
 
 def _others(names: list[str]) -> str:

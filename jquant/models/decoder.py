@@ -23,6 +23,7 @@ from jquant.models.config import ModelConfig
 from jquant.models.equivalences import equivalences
 from jquant.models.feed_forward import feed_forward
 from jquant.models.norms import RMSNorm, make_norm
+from jquant.nn.embedding import dense, embedding_rows
 from jquant.nn.linear import PRECISION, Linear, matmul_transposed
 from jquant.nn.protocol import Equivalence
 
@@ -90,7 +91,7 @@ class Embedding(nnx.Module):
         self, tokens: Int[Array, "*batch time"], start: Int[Array, ""] | int = 0
     ) -> Float[Array, "*batch time hidden"]:
         """Of the tokens at positions start, start + 1, …"""
-        x = jnp.take(self.weight.get_value(), tokens, axis=0)
+        x = embedding_rows(self.weight.get_value(), tokens)
         if self.scale != 1:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.positions is None:
@@ -187,7 +188,7 @@ class Head(nnx.Module):
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         x = self.norm(x)
         if self.embed is not None:
-            logits = matmul_transposed(x, self.embed.weight.get_value(), dtype=jnp.float32)
+            logits = matmul_transposed(x, dense(self.embed.weight.get_value(), x.dtype), dtype=jnp.float32)
         else:
             assert self.lm_head is not None
             logits = self.lm_head(x, dtype=jnp.float32)

@@ -13,7 +13,9 @@ from flax import nnx
 from jquant.core.qtensor import QTensor
 from jquant.io.native import write_native
 from jquant.io.tokenizer import Tokenizer, tokenizer_to_json
+from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
+from jquant.nn.install import activations_of, tensors_of
 
 
 def save(
@@ -36,14 +38,16 @@ def save(
     Raises:
         InputError: the folder is not empty or cannot be written.
     """
-    description = {"config": model.config.as_json(), "note": note, "provenance": dict(provenance or {})}
-    write_native(path, named_tensors(model), description, extra_files=_tokenizer_files(tokenizer))
+    description = describe(model.config, note=note, provenance=provenance, activations=activations_of(model))
+    write_native(path, tensors_of(model), description, extra_files=tokenizer_files(tokenizer))
 
 
-def named_tensors(model: Decoder) -> dict[str, jax.Array | QTensor]:
-    """Every weight by parameter path; shared ones once."""
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+def describe(
+    config: ModelConfig, *, note: str, provenance: Mapping[str, Any] | None, activations: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a native checkpoint of a decoder says beside its tensors."""
+    record = {"config": config.as_json(), "note": note, "provenance": dict(provenance or {})}
+    return record | ({"activations": dict(activations)} if activations else {})
 
 
 def model_bytes(model: Decoder) -> int:
@@ -53,12 +57,13 @@ def model_bytes(model: Decoder) -> int:
 
 def packed_bits(model: Decoder) -> float:
     """Bits a weight of all packed tensors together, their padding included; NaN where none is packed."""
-    packed = [tensor for tensor in named_tensors(model).values() if isinstance(tensor, QTensor)]
+    packed = [tensor for tensor in tensors_of(model).values() if isinstance(tensor, QTensor)]
     weights = sum(q.size for q in packed)
     return 8 * sum(q.nbytes for q in packed) / weights if weights else float("nan")
 
 
-def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The tokenizer as files of a checkpoint folder."""
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,8 @@ from jquant.nn.matrices import LAYERS, packed_layer
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import W8A8ExpertLinear, W8A8Linear, w8a8_layer
 
-_STATIC = ("input_scale", "input_zero_point")
+# Names of what a layer that quantizes its input with fixed scales holds beside its weight.
+STATIC = ("input_scale", "input_zero_point")
 
 
 def tensors_of(module: nnx.Module, *, prefix: str = "") -> dict[Path, Any]:
@@ -48,7 +49,7 @@ def install(module: nnx.Module, tensors: Mapping[Path, Any], activations: Mappin
     layers: dict[Path, nnx.Module] = {}
     for path, value in tensors.items():
         owner, _, name = path.rpartition(".")
-        if name in _STATIC:
+        if name in STATIC:
             continue
         layer = module_at(module, owner)
         if not isinstance(value, QTensor):
@@ -57,7 +58,7 @@ def install(module: nnx.Module, tensors: Mapping[Path, Any], activations: Mappin
                 raise InputError(f"tensor for {path} has no place in the model")
             variable.set_value(jnp.asarray(value))
         elif owner in activations:
-            static = {key: tensors.get(f"{owner}.{key}") for key in _STATIC}
+            static = {key: tensors.get(f"{owner}.{key}") for key in STATIC}
             layers[owner] = w8a8_layer(layer, value, activation=scheme(activations[owner]), **static)  # pyright: ignore[reportArgumentType]
         elif isinstance(layer, LAYERS):
             layers[owner] = packed_layer(layer, value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -14,6 +13,7 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.nn.convolution import QuantizedConv, patches
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedLinear
+from jquant.nn.surgery import Path, named_modules
 
 Layer = Linear | ExpertLinear | nnx.Linear | nnx.Conv
 LAYERS = (Linear, ExpertLinear, nnx.Linear, nnx.Conv)
@@ -73,10 +73,23 @@ def packed_layer(layer: nnx.Module, weight: QTensor) -> nnx.Module:
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
-    """Of `weight_matrix`, which may be abstract."""
-    return jax.eval_shape(lambda: weight_matrix(layer)).shape
+    """Of `weight_matrix`; weights may be abstract."""
+    if isinstance(layer, Linear | ExpertLinear):
+        return tuple(layer.weight.get_value().shape)
+    *space, out = layer.kernel.get_value().shape
+    return out, math.prod(space)
 
 
-def weight_count(layer: nnx.Module) -> int:
-    """Numbers in the weight."""
-    return math.prod(weight_shape(layer))
+def layer_shapes(model: Any) -> dict[Path, tuple[int, ...]]:
+    """Shapes of the weight matrices of all float layers by path; `embed` last where the model has an embedding matrix.
+
+    Raises:
+        InputError: there are none.
+    """
+    shapes = {path: weight_shape(layer) for path, layer in named_modules(model, LAYERS)}
+    embedding = getattr(getattr(model, "embed", None), "weight", None)
+    if isinstance(embedding, nnx.Param):
+        shapes["embed"] = tuple(embedding.get_value().shape)
+    if not shapes:
+        raise InputError("the model has no float linear layers: it is quantized already; start from the float model")
+    return shapes

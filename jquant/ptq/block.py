@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,22 +31,12 @@ from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weig
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import static_parameters, w8a8_layer
-from jquant.ptq.activations import Store
 from jquant.ptq.coverage import LayerReport, TransformReport
+from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
 from jquant.ptq.solver import Solution
-from jquant.ptq.transforms import TRANSFORMS, configured
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """The calibration batches as they enter a block; `store` keeps what layers inside read, under their paths."""
-
-    count: int
-    arguments: Callable[[int], Arguments]
-    mask: Callable[[int], jax.Array | None]  # True for positions that count; None: all do
-    store: Store
+from jquant.ptq.transforms import TRANSFORMS, Task, configured
 
 
 class Solved(NamedTuple):
@@ -133,7 +122,8 @@ def _transform(
             )
         assert data is not None
         apply, config = TRANSFORMS[step.name].apply, configured(TRANSFORMS, step.name, step.options)
-        reports += apply(block, fitting, {path: rules[path] for path in wanted}, data, config, prefix)
+        schemes = {path: (rules[path].scheme or "", rules[path].activation) for path in wanted}
+        reports += apply(Task(block, fitting, schemes, data, prefix), config)
     return reports
 
 

@@ -8,20 +8,45 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jquant.core.errors import InputError
 from jquant.core.options import Names
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """Rounds a model's linear layers to a scheme and saves it packed; eval and generate load the folder."""
+    """Quantizes a model by a recipe and saves it packed; eval and generate load the folder."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """`demo`, the path of a GGUF file or a Hugging Face folder, or a hub id."""
-    scheme: str
-    """Spec string: int4:g64, nf4:g64:dq, mxfp4, …"""
     out: Path
-    """A new folder; it appears whole or not at all."""
+    """A new folder; it appears whole or not at all. The same command goes on where an earlier one was stopped."""
+    recipe: str | None = None
+    """A preset (gptq-int4-g128, awq-int4-g128, smoothquant-w8a8, fp8, nf4, q4_k_m, …) or a YAML file of rules."""
+    scheme: str | None = None
+    """In the place of a recipe: one scheme for all `layers`, as int4:g64:asym."""
+    method: str = "rtn"
+    """With `scheme`: rtn, rtn-mse, gptq or hqq; transforms before it, as awq+gptq."""
     layers: Names = (r"^blocks\.",)
-    """Regular expressions: which linear layers are quantized."""
+    """With `scheme`: regular expressions of the layers to quantize."""
+    calibration: str = "pydoc:calibration"
+    """What methods learn from: a file, a folder, the name of a text, or `recommended`: the guide's choice."""
+    calibration_windows: int = 32
+    """How many windows of it, from its start."""
+    window: int = 512
+    """Tokens in a window."""
+    batch: int | None = None
+    """Windows a forward pass; by default 1 on CPU, 8 elsewhere."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the tensors that stay unquantized."""
+    """Of activations, and of the tensors that stay unquantized."""
+    spill: bool = False
+    """Keep activations on disk: for models whose activations do not fit in memory."""
+    coverage: bool = False
+    """Print what was done to every layer; the folder's coverage.json always says so."""
+    verbose: bool = False
+    """Print each block's time and largest error as it is done."""
+
+    def __post_init__(self) -> None:
+        if (self.recipe is None) == (self.scheme is None):
+            raise InputError("give either --recipe NAME|FILE, or --scheme SPEC (with --method)")
+        if self.calibration_windows < 1:
+            raise InputError(f"calibration-windows {self.calibration_windows}: at least 1")

@@ -99,7 +99,7 @@ def render(coverage: Coverage) -> Any:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("layer", "method", "scheme", "bits"):
-        table.add_column(name, justify="right" if name == "bits" else "left")
+        table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=True, overflow="fold")
     for name in ("error rtn", "error", "of rtn", "damping", "seconds"):
         table.add_column(name, justify="right")
     for layer in coverage.layers:

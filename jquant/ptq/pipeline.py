@@ -23,14 +23,16 @@ from jax.sharding import Mesh
 from jquant.core.errors import InputError
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
+from jquant.nn.matrices import layer_shapes
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
 from jquant.ptq.activations import InMemory, Store
-from jquant.ptq.block import Data, Solved, block_outputs, check_finite, quantize_block, rule_needs_data, solve
+from jquant.ptq.block import Solved, block_outputs, check_finite, quantize_block, rule_needs_data, solve
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
+from jquant.ptq.data import Data
 from jquant.ptq.recipe import Recipe, Rule, assign
 from jquant.ptq.sharding import spread_batch, spread_rows
-from jquant.ptq.source import ModelSource, Source, layer_shapes
+from jquant.ptq.source import ModelSource, Source
 from jquant.ptq.workdir import Workdir
 
 EMBEDDING = "embed"

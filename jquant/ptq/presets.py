@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 
 from jquant.core.errors import InputError
 from jquant.nn.surgery import Path
-from jquant.ptq.recipe import Recipe, Rule, Step
+from jquant.ptq.block import rule_needs_data
+from jquant.ptq.recipe import Recipe, Rule, Step, read_recipe
 
 Shapes = Mapping[Path, tuple[int, ...]]  # of the weights of all layers, embedding and output projection included
 
@@ -42,6 +44,18 @@ def preset(name: str, shapes: Shapes) -> Recipe:
     return PRESETS[name](shapes)
 
 
+def find_recipe(name: str, shapes: Shapes) -> Recipe:
+    """A preset by its name, or the recipe in a file. Raises InputError where it is neither."""
+    if name not in PRESETS and FilePath(name).exists():
+        return read_recipe(name)
+    return preset(name, shapes)
+
+
+def calibrated(recipe: Recipe) -> bool:
+    """Whether a rule learns from data."""
+    return any(rule.scheme is not None and rule_needs_data(rule) for rule in recipe.rules)
+
+
 def recommended(recipe: Recipe) -> Calibration:
     """What the guide calibrates the recipe's methods with; the larger where there are several."""
     names = [step.name for rule in recipe.rules for step in (*rule.transforms, rule.method)]
@@ -52,14 +66,12 @@ def recommended(recipe: Recipe) -> Calibration:
 def _blocks(
     scheme: str, method: str = "rtn", *, transforms: tuple[str, ...] = (), activation: str | None = None
 ) -> Callable[[Shapes], Recipe]:
-    rule = Rule(
-        layers=_BLOCKS,
-        scheme=scheme,
-        method=Step(method),
-        transforms=tuple(map(Step, transforms)),
-        activation=activation,
-    )
-    return lambda shapes: Recipe(rules=(rule,))
+    def recipe(shapes: Shapes) -> Recipe:
+        steps = tuple(map(Step, transforms))
+        rule = Rule(layers=_BLOCKS, scheme=scheme, method=Step(method), transforms=steps, activation=activation)
+        return Recipe(rules=(rule,))
+
+    return recipe
 
 
 def _k_medium(small: str, large: str) -> Callable[[Shapes], Recipe]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
 
-from jquant.core.errors import InputError
-from jquant.nn.matrices import LAYERS, weight_shape
+from jquant.nn.matrices import layer_shapes
 from jquant.nn.protocol import CausalLM, Equivalence
-from jquant.nn.surgery import Path, named_modules
+from jquant.nn.surgery import Path
 
 
 class Source(Protocol):
@@ -61,22 +60,6 @@ class ModelSource:
 
     def equivalences(self) -> Sequence[Equivalence]:
         return self.model.equivalences()
-
-
-def layer_shapes(model: Any) -> dict[Path, tuple[int, ...]]:
-    """Weight shapes of all float layers by path, `embed` last where the model has an embedding matrix."""
-    shapes = {path: weight_shape(layer) for path, layer in float_layers(model)}
-    embedding = getattr(getattr(model, "embed", None), "weight", None)
-    if isinstance(embedding, nnx.Param):
-        shapes["embed"] = tuple(embedding.get_value().shape)
-    if not shapes:
-        raise InputError("the model has no float linear layers: it is quantized already; start from the float model")
-    return shapes
-
-
-def float_layers(module: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
-    """The layers that can be quantized, by path, in the order of the model."""
-    return named_modules(module, LAYERS)
 
 
 def share(module: nnx.Module) -> nnx.Module:

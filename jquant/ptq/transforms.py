@@ -1,24 +1,46 @@
-"""The transforms by name: each rewrites a float block into an equivalent one that quantizes better."""
+"""The transforms by name, and how each is run on one block of a pipeline."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jquant.calib import absmax, absmean, gram
+from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
+from jquant.core.scheme import scheme
+from jquant.nn.capture import Arguments, capture, input_groups
+from jquant.nn.linear import ExpertLinear
+from jquant.nn.protocol import Equivalence
+from jquant.nn.surgery import Path, module_at
+from jquant.ptq import awq, smoothquant
+from jquant.ptq.coverage import TransformReport
+from jquant.ptq.data import Data
+from jquant.ptq.fold import Rewrite, fold, fold_gram, weight_at
+
+
+class Task(NamedTuple):
+    """What a transform works on."""
+
+    block: Any  # float; rewritten in place
+    places: Sequence[Equivalence]  # those whose consumers all ask for the transform
+    schemes: Mapping[Path, tuple[str, str | None]]  # of weight and input of every layer that asks for it
+    data: Data
+    prefix: str  # of paths in reports
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What rewrites a block in place (see ptq/block.py), and the config that its name stands for."""
+    """What rewrites a block, and the config that its name stands for."""
 
-    apply: Callable[..., Sequence[Any]]
+    apply: Callable[[Task, Any], list[TransformReport]]
     config: Any
-
-
-TRANSFORMS: dict[str, Transform] = {}
 
 
 def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[str, Any]]) -> Any:
@@ -30,19 +52,163 @@ def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[s
     if name not in registry:
         raise InputError(f"method {name!r}: unknown; there are {', '.join(registry)}")
     config = registry[name].config
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    defaults = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for option, value in options:
-        if option not in fields:
-            there = f"there are {', '.join(fields)}" if fields else "it has none"
+        if option not in defaults:
+            there = f"there are {', '.join(defaults)}" if defaults else "it has none"
             raise InputError(f"method {name}: unknown option {option!r}; {there}")
-        kind = type(fields[option])
-        if isinstance(fields[option], bool) != isinstance(value, bool) or (
-            isinstance(fields[option], int | float) and not isinstance(value, int | float | str)
-        ):
+        default = defaults[option]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(default, bool) != isinstance(value, bool) or (type(default) is int and number and value % 1):
             raise InputError(
-                f"method {name}: {option} is {value!r}; it must be as its default, {fields[option]!r} ({kind.__name__})"
+                f"method {name}: {option} is {value!r}; it must be of the kind of its default, {default!r}"
             )
     try:
         return dataclasses.replace(config, **dict(options))
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"method {name}: {error}") from error
+    except TypeError as error:
+        raise InputError(f"method {name}: {' '.join(str(error).split())}") from error
+
+
+def _awq(task: Task, config: awq.AWQConfig) -> list[TransformReport]:
+    """Scales at every place, then clipping of every layer but those that meet a softmax."""
+    seen = _observe(task, config.search_tokens)
+    schemes = {path: scheme(weight) for path, (weight, _) in task.schemes.items()}
+    grams, reports = dict(seen.grams), []
+    for place in task.places:
+        first = place.consumers[0]
+        inside = place.parent in place.consumers
+        found = awq.search(
+            task.block,
+            place,
+            seen.absmean[first],
+            schemes,
+            inputs=seen.calls.get(place.parent, ()),
+            gram=seen.grams[first] if inside else None,
+            config=config,
+        )
+        fold(task.block, place, found.scales)
+        grams |= {path: fold_gram(seen.grams[path], found.scales) for path in place.consumers if path in seen.grams}
+        reports.append(_report("awq", found, task.prefix))
+    for path in task.schemes if config.clip else ():
+        if not path.endswith(awq.UNCLIPPED):
+            clipped = awq.clip_search(weight_at(task.block, path), grams[path], schemes[path], config=config)
+            _layer(task.block, path).weight.set_value(clipped.weight)
+    return reports
+
+
+def _smoothquant(task: Task, config: smoothquant.SmoothQuantConfig) -> list[TransformReport]:
+    pairs = {}
+    for path, (weight, activation) in task.schemes.items():
+        if activation is None:
+            raise InputError(
+                f"{task.prefix}{path}: smoothquant moves difficulty from activations to weights, and the rule "
+                "quantizes no activations; give it activation: int8:token"
+            )
+        pairs[path] = smoothquant.Pair(scheme(weight), scheme(activation))
+    seen = _observe(task, config.search_tokens)
+    reports = []
+    for place in smoothquant.places(task.block, task.places, config=config):
+        inputs = seen.calls.get(place.parent, ())
+        found = smoothquant.search(task.block, place, seen.absmax[place.consumers[0]], pairs, inputs, config=config)
+        fold(task.block, place, found.scales)
+        reports.append(_report("smoothquant", found, task.prefix))
+    return reports
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "awq": Transform(_awq, awq.AWQConfig()),
+    "smoothquant": Transform(_smoothquant, smoothquant.SmoothQuantConfig(alpha="search")),
+}
+
+
+class _Seen(NamedTuple):
+    """Of the float block: statistics of every layer's input, and calls of the places' parents."""
+
+    absmax: dict[Path, jax.Array]
+    absmean: dict[Path, jax.Array]
+    grams: dict[Path, Gram]
+    calls: dict[Path, list[Arguments]]
+
+
+def _observe(task: Task, tokens: int) -> _Seen:
+    """One pass. Folding at one place moves the statistics of no other, so one pass serves all."""
+    paths, data = tuple(task.schemes), task.data
+    groups = input_groups(task.block, paths, data.arguments(0))
+    parents = tuple(dict.fromkeys(place.parent for place in task.places))
+    kept = _spread(data, tokens)
+    states: dict[Path, _States] = {}
+    calls: dict[Path, list[Arguments]] = {}
+    for batch in range(data.count):
+        wanted = (*(group[0] for group in groups), *(parents if batch in kept else ()))
+        found = capture(task.block, wanted, data.arguments(batch))
+        for group in groups:
+            for call in found[group[0]]:
+                experts = isinstance(module_at(task.block, group[0]), ExpertLinear)
+                states[group[0]] = _update(states.get(group[0]), call, data.mask(batch), experts)
+        for parent in parents if batch in kept else ():
+            calls.setdefault(parent, []).extend(found[parent])
+    seen = _Seen({}, {}, {}, calls)
+    for group in groups:
+        state = states[group[0]]
+        finished = gram.finalize(state.gram)
+        gram.check(finished, f"layer {task.prefix}{group[0]}")
+        for path in group:
+            seen.grams[path] = finished
+            seen.absmax[path] = absmax.finalize(state.absmax)
+            seen.absmean[path] = absmean.finalize(state.absmean)
+    return seen
+
+
+def _spread(data: Data, tokens: int) -> set[int]:
+    """Batches, evenly spread, that hold about so many rows."""
+    rows = max(1, int(jnp.size(jax.tree.leaves(data.arguments(0))[0][..., 0])))
+    count = min(data.count, max(1, tokens // rows))
+    return {index * data.count // count for index in range(count)}
+
+
+class _States(NamedTuple):
+    absmax: Any
+    absmean: Any
+    gram: Any
+
+
+def _update(states: _States | None, call: Arguments, mask: jax.Array | None, experts: bool) -> _States:
+    x = call[0]
+    if states is None:
+        size = (x.shape[-1], len(call[1])) if experts else (x.shape[-1],)
+        states = _States(absmax.init(*size), absmean.init(*size), gram.init(*size))
+    return _add_grouped(states, *call) if experts else _add(states, x, mask)
+
+
+@jax.jit
+def _add(states: _States, x: jax.Array, mask: jax.Array | None) -> _States:
+    return _States(
+        absmax.update(states.absmax, x, mask),
+        absmean.update(states.absmean, x, mask),
+        gram.update(states.gram, x, mask),
+    )
+
+
+@jax.jit
+def _add_grouped(states: _States, x: jax.Array, counts: jax.Array) -> _States:
+    return _States(
+        absmax.update_grouped(states.absmax, x, counts),
+        absmean.update_grouped(states.absmean, x, counts),
+        gram.update_grouped(states.gram, x, counts),
+    )
+
+
+def _layer(block: nnx.Module, path: Path) -> Any:
+    return module_at(block, path)
+
+
+def _report(name: str, found: Rewrite, prefix: str) -> TransformReport:
+    """Of a stack of experts the means."""
+    return TransformReport(
+        path=prefix + found.fold.producer,
+        transform=name,
+        consumers=tuple(prefix + path for path in found.fold.consumers),
+        choice=float(jnp.mean(found.choice)),
+        before=float(jnp.mean(found.before)),
+        after=float(jnp.mean(found.after)),
+    )

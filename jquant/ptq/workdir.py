@@ -97,6 +97,13 @@ class Workdir:
                 target.rmdir()  # empty, as was checked; a folder replaces another only where that is
             self.path.rename(target)
 
+    def activations(self) -> dict[str, str]:
+        """The schemes of layers' inputs, by path, in all finished parts."""
+        found: dict[str, str] = {}
+        for place in sorted((self.path / _PARTS).glob("*.json")):
+            found |= read_json(place)["record"].get("activations", {})
+        return found
+
     @property
     def complete(self) -> bool:
         """Whether only the final name is missing."""

@@ -1,0 +1,21 @@
+"""The calibration batches as the block at hand sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from jquant.nn.capture import Arguments
+from jquant.ptq.activations import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The calibration batches as they enter a block; `store` keeps what layers inside read, under their paths."""
+
+    count: int
+    arguments: Callable[[int], Arguments]
+    mask: Callable[[int], jax.Array | None]  # True for positions that count; None: all do
+    store: Store

@@ -1,0 +1,134 @@
+"""From a checkpoint to a quantized one in a folder: streamed a block at a time, and resumed where it was interrupted.
+
+Stands above the rooms, like the command line: it joins models, ptq and io.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jquant import __version__
+from jquant.core.errors import InputError
+from jquant.data.blocks import Windows
+from jquant.io.json_file import as_text
+from jquant.io.native import check_new_folder
+from jquant.models.checkpoint import Checkpoint
+from jquant.models.decoder import check_length
+from jquant.models.save import describe, tokenizer_files
+from jquant.models.stream import StreamedModel
+from jquant.ptq.activations import InMemory, OnDisk
+from jquant.ptq.coverage import Coverage
+from jquant.ptq.pipeline import Event, check_rules, quantize_blocks
+from jquant.ptq.preflight import Estimate, estimate
+from jquant.ptq.recipe import Recipe, assign
+from jquant.ptq.workdir import open_workdir
+
+NUMERICS = 1  # raised when a change moves bits: an unfinished run of another value is not gone on with
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    *,
+    calibration: Windows | None = None,
+    batch: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    spill: bool = False,
+    on_estimate: Callable[[Estimate], None] = lambda estimate: None,
+    progress: Callable[[Event], None] | None = None,
+) -> Coverage:
+    """Quantizes a checkpoint into a new native one.
+
+    Until it is done everything lies in `.NAME.unfinished` beside `out`; the same call goes on from there, to the same
+    bits. Memory holds two blocks, their statistics, and the activations unless they spill.
+
+    Args:
+        checkpoint: of float weights.
+        recipe: what happens to which layers.
+        out: a folder that does not exist yet, or is empty.
+        calibration: windows of text; None where no rule needs data.
+        batch: windows a forward pass.
+        dtype: of activations and of the tensors that stay unquantized.
+        spill: activations go to files in the unfinished folder.
+        on_estimate: hears what the run will take, before it starts.
+        progress: hears of every finished block.
+
+    Raises:
+        InputError: a rule does not fit, the run cannot fit in memory, or the folder cannot be written.
+    """
+    check_new_folder(out)
+    source = StreamedModel(checkpoint, dtype=dtype)
+    shapes = source.shapes()
+    rules = assign(recipe, list(shapes))
+    check_rules(rules, shapes, calibration is not None)
+    batches = None
+    if calibration is not None:
+        check_length(checkpoint.config, calibration.window)
+        batches = in_batches(calibration.tokens, batch)
+    definition = _definition(checkpoint, recipe, calibration, batch, dtype)
+    with open_workdir(out.parent / f".{out.name}.unfinished", definition) as workdir:
+        expected = estimate(rules, shapes, tokens=0 if calibration is None else calibration.tokens.size)
+        on_estimate(expected)
+        expected.check(on_disk=spill)
+        store = OnDisk(workdir.path) if spill else InMemory()
+        try:
+            coverage = quantize_blocks(source, recipe, batches, workdir=workdir, store=store, progress=progress)
+        finally:
+            if isinstance(store, OnDisk):
+                store.close()
+        provenance = {
+            "source": checkpoint.path.name,
+            "source_sha256": definition["source_sha256"],
+            "recipe": recipe.as_json(),
+            "calibration": definition["calibration"],
+            "jquant": __version__,
+            "jax": jax.__version__,
+        }
+        workdir.publish(
+            out,
+            describe(checkpoint.config, note=checkpoint.note, provenance=provenance, activations=workdir.activations()),
+            extra_files={
+                **tokenizer_files(checkpoint.tokenizer()),
+                "coverage.json": as_text(coverage.as_json()).encode(),
+            },
+        )
+    return coverage
+
+
+def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Windows [n, window] as batches of one size. Raises InputError where they do not come out even."""
+    if batch < 1 or len(tokens) % batch:
+        raise InputError(f"batch {batch} for {len(tokens)} calibration windows: it must divide them evenly")
+    return list(tokens.reshape(-1, batch, tokens.shape[-1]))
+
+
+def _definition(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Windows | None, batch: int, dtype: str
+) -> dict[str, Any]:
+    """Everything that decides the bits of the result."""
+    text = None
+    if calibration is not None:
+        text = {
+            "text": calibration.text_name,
+            "text_sha256": calibration.text_sha256,
+            "ids_sha256": calibration.sha256,
+            "windows": len(calibration.tokens),
+            "window": calibration.window,
+        }
+    return {
+        "numerics": NUMERICS,
+        "source_sha256": checkpoint.sha256(),
+        "recipe": recipe.as_json(),
+        "calibration": text,
+        "batch": batch,
+        "dtype": dtype,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "jquant": __version__,
+    }
