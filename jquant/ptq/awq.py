@@ -1,0 +1,230 @@
+"""AWQ: channels that matter get finer steps, by scaling them up before rounding; then groups are clipped.
+
+    Q(W · s) · (x / s)        s = x̄^r, or x̄^r / (w̄^(1−r) + 10⁻⁴),     s /= √(max s · min s)
+
+with x̄ = mean |x| of a channel and w̄ = mean of |w| / max|w of its group| over the rows of all layers that read it. r is
+searched by the error of the output of the module around those layers; where that is the layer itself, the Gram matrix
+H of its input gives the error without data: tr(ΔW · H · ΔWᵀ). Then every group's range is shrunk where that lowers the
+error of its own contribution, Δw · H_gg · Δwᵀ, with the diagonal blocks of H.
+
+Reference: Lin et al., 2306.00978, 3.2 (AutoAWQ: `_search_best_scale`, `_search_best_clip`), and SPEC 5. Departures:
+scales of 1 are a candidate too, so a place is never made worse; channels that calibration never saw keep scale 1;
+errors of single layers and groups are those of all of the calibration data instead of a sample; behind experts each
+expert has an r of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jquant.calib.gram import Gram
+from jquant.core.errors import InputError
+from jquant.core.qtensor import from_tiles, spread, to_tiles
+from jquant.core.scheme import Scheme
+from jquant.core.ste import fake_quantize
+from jquant.nn.linear import PRECISION, ExpertLinear, Linear
+from jquant.nn.protocol import Equivalence
+from jquant.nn.surgery import Path
+from jquant.ptq.fold import Rewrite, weight_at
+from jquant.ptq.trial import Arguments, output_errors, some_inputs
+
+UNCLIPPED = ("q_proj", "k_proj")  # layers whose output meets a softmax, where clipping does harm (SPEC 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AWQConfig:
+    """How AWQ runs."""
+
+    grid: int = 20  # r = 0, 1/grid, … below 1
+    duo_scaling: bool = True  # the weights' own sizes enter the scales
+    clip: bool = True
+    clip_grid: int = 20  # ranges 1, 1 − 1/grid, …
+    max_shrink: float = 0.5  # … above 1 − max_shrink
+    search_tokens: int = 1024  # of the captured inputs, in whole calls
+
+    def __post_init__(self) -> None:
+        if min(self.grid, self.clip_grid, self.search_tokens) < 1:
+            raise InputError(
+                f"AWQ grid {self.grid}, clip_grid {self.clip_grid}, search_tokens {self.search_tokens}: "
+                "all must be at least 1"
+            )
+        if not 0 < self.max_shrink <= 1:
+            raise InputError(f"AWQ max_shrink {self.max_shrink}: it must lie in 0 … 1, as 0.5")
+
+
+class Clipped(NamedTuple):
+    """A weight with some groups' ranges shrunk, and Σ Δw·H_gg·Δwᵀ once it is rounded, relative to that of w itself."""
+
+    weight: Float[Array, "*experts out in"]
+    before: Float[Array, "*experts"]
+    after: Float[Array, "*experts"]
+
+
+def search(
+    block: nnx.Module,
+    place: Equivalence,
+    absmean: Float[Array, "*experts channels"],
+    schemes: Mapping[Path, Scheme],
+    *,
+    inputs: Sequence[Arguments] = (),
+    gram: Gram | None = None,
+    config: AWQConfig | None = None,
+) -> Rewrite:
+    """Scales for one place of one block; `fold` applies them.
+
+    Args:
+        block: float; left as it is.
+        place: one of `CausalLM.equivalences`.
+        absmean: mean |x| of every channel that reaches the consumers, [experts, channels] behind a stack of experts.
+        schemes: of the consumers that will be quantized, by path in the block.
+        inputs: what the place's parent was called with; not needed where the parent is the consumer itself.
+        gram: of the consumer's input; needed there and only there.
+        config: by default 20 values of r with duo scaling.
+
+    Raises:
+        InputError: none of the consumers is to be quantized, shapes disagree, or inputs or gram are missing.
+    """
+    config = AWQConfig() if config is None else config
+    chosen = {path: schemes[path] for path in place.consumers if path in schemes}
+    if not chosen:
+        raise InputError(f"no layer behind {place.producer} is to be quantized: leave this place out")
+    weights = tuple(weight_at(block, path) for path in chosen)
+    scales = _candidates(absmean, weights, tuple(chosen.values()), config)
+    if place.parent in place.consumers:
+        if gram is None:
+            raise InputError(f"{place.parent}: its scales are searched with the Gram matrix of its input; give one")
+        errors = _output_errors(weights[0], gram.matrix, scales, chosen[place.parent])
+    else:
+        errors = output_errors(block, place, some_inputs(inputs, config.search_tokens), scales, scaled_layer, chosen)
+    return _best(place, scales, errors, config)
+
+
+def clip_search(
+    w: Float[Array, "*experts out in"], gram: Gram, scheme: Scheme, *, config: AWQConfig | None = None
+) -> Clipped:
+    """The weight with every group bounded by what suits its contribution to the output best.
+
+    Args:
+        w: any float dtype, after scales were folded; of `UNCLIPPED` layers it is better left alone.
+        gram: of the layer's input after folding (`fold_gram`); its own for each expert, or one for all.
+        scheme: a group is a tile of it.
+        config: by default 10 ranges from 1 to 0.55 of the largest magnitude.
+    """
+    return _clip_search(w, gram.matrix, scheme, AWQConfig() if config is None else config)
+
+
+def awq_scales(
+    absmean: Float[Array, "*experts channels"],
+    weight_mean: Float[Array, "*experts channels"] | None,
+    ratio: Array | float,
+) -> Float[Array, "*experts channels"]:
+    """s for one r; without `weight_mean` of the activations alone. 1 where the formula gives no number."""
+    scales = absmean**ratio
+    if weight_mean is not None:
+        scales = scales / (weight_mean ** (1 - ratio) + 1e-4)
+    scales, seen = jnp.maximum(scales, 1e-4), absmean > 0
+    largest = jnp.max(jnp.where(seen, scales, 0.0), axis=-1, keepdims=True)
+    smallest = jnp.min(jnp.where(seen, scales, jnp.inf), axis=-1, keepdims=True)
+    scales = scales / jnp.sqrt(largest * smallest)
+    return jnp.where(seen & jnp.isfinite(scales) & (scales > 0), scales, 1.0)
+
+
+def scaled_layer(layer: Linear | ExpertLinear, scales: Array, scheme: Scheme) -> nnx.Module:
+    """The layer with Q(W · s) / s."""
+    layer.weight = nnx.Param(_rounded(layer.weight.get_value(), scales, scheme))
+    return layer
+
+
+def _rounded(w: Array, scales: Array, scheme: Scheme) -> Array:
+    columns = scales[..., None, :]
+    return (fake_quantize(w.astype(jnp.float32) * columns, scheme) / columns).astype(w.dtype)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _candidates(absmean: Array, weights: tuple[Array, ...], schemes: tuple[Scheme, ...], config: AWQConfig) -> Array:
+    """[candidates, …, channels]; the first is 1."""
+    mean = _weight_mean(weights, schemes, absmean.shape) if config.duo_scaling else None
+    ratios = jnp.arange(config.grid, dtype=jnp.float32) / config.grid
+    scales = jax.vmap(lambda ratio: awq_scales(absmean, mean, ratio))(ratios)
+    return jnp.concatenate([jnp.ones_like(scales[:1]), scales])
+
+
+def _weight_mean(weights: tuple[Array, ...], schemes: tuple[Scheme, ...], shape: tuple[int, ...]) -> Array:
+    """w̄ over the rows of all layers, and over all experts where they share their input."""
+    rows = []
+    for weight, scheme in zip(weights, schemes, strict=True):
+        tiles = to_tiles(jnp.abs(weight.astype(jnp.float32)), scheme)
+        largest = jnp.max(tiles, axis=(-3, -1), keepdims=True)
+        relative = from_tiles(tiles / (largest + 1e-6), (weight.shape[-2], weight.shape[-1]))
+        rows.append(relative if len(shape) > 1 else relative.reshape(-1, weight.shape[-1]))
+    return jnp.mean(jnp.concatenate(rows, axis=-2), axis=-2)
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _output_errors(w: Array, matrix: Array, scales: Array, scheme: Scheme) -> Array:
+    """tr(ΔW · H · ΔWᵀ) / tr(W · H · Wᵀ), [candidates, …]."""
+    w = w.astype(jnp.float32)
+    errors = jax.lax.map(lambda each: _weighted_square(_rounded(w, each, scheme) - w, matrix), scales)
+    return errors / _weighted_square(w, matrix)
+
+
+def _weighted_square(w: Array, matrix: Array) -> Array:
+    return jnp.sum(jnp.matmul(w, matrix, precision=PRECISION) * w, axis=(-2, -1))
+
+
+def _best(place: Equivalence, scales: Array, errors: Array, config: AWQConfig) -> Rewrite:
+    """The candidate of least error, of each expert where errors are theirs; that of an expert without data is 1."""
+    known = jnp.where(jnp.isnan(errors), jnp.inf, errors)
+    best = jnp.argmin(known, axis=0)
+    ratios = jnp.asarray([jnp.nan, *(np.arange(config.grid) / config.grid)], jnp.float32)
+    chosen = jnp.take_along_axis(scales, best[None, ..., None], axis=0)[0] if best.ndim else scales[best]
+    return Rewrite(place, chosen, ratios[best], errors[0], jnp.min(known, axis=0))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _clip_search(w: Array, matrix: Array, scheme: Scheme, config: AWQConfig) -> Clipped:
+    shape = (w.shape[-2], w.shape[-1])
+    wide = w.astype(jnp.float32)
+    tiles = to_tiles(wide, scheme)
+    blocks = _diagonal_blocks(matrix, tiles.shape[-1])
+    largest = jnp.max(jnp.abs(tiles), axis=(-3, -1))
+
+    def error(bound: Array) -> Array:
+        """Of every tile, bounded and rounded."""
+        bounded = jnp.clip(tiles, -spread(bound), spread(bound))
+        difference = to_tiles(fake_quantize(from_tiles(bounded, shape), scheme), scheme) - tiles
+        weighted = jnp.einsum("...atbc,...bcd->...atbd", difference, blocks, precision=PRECISION)
+        return jnp.sum(weighted * difference, axis=(-3, -1))
+
+    def step(index: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        bound = largest * (1 - index / config.clip_grid)
+        found = error(bound)
+        better = found < best[1]
+        return jnp.where(better, bound, best[0]), jnp.where(better, found, best[1])
+
+    first = error(largest)
+    count = max(1, int(config.max_shrink * config.clip_grid))
+    bound, least = jax.lax.fori_loop(1, count, step, (largest, first))
+    clipped = from_tiles(jnp.clip(tiles, -spread(bound), spread(bound)), shape)
+    weighted = jnp.einsum("...atbc,...bcd->...atbd", tiles, blocks, precision=PRECISION)
+    total = jnp.sum(weighted * tiles, axis=(-4, -3, -2, -1))
+    before, after = (jnp.sum(each, axis=(-2, -1)) / total for each in (first, least))
+    return Clipped(clipped.astype(w.dtype), before, after)
+
+
+def _diagonal_blocks(matrix: Array, size: int) -> Array:
+    """[..., in, in] to [..., groups, size, size]; the last group is padded with zeros."""
+    short = -matrix.shape[-1] % size
+    padded = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(0, short), (0, short)])
+    groups = padded.shape[-1] // size
+    square = padded.reshape(*matrix.shape[:-2], groups, size, groups, size)
+    return jnp.moveaxis(jnp.diagonal(square, axis1=-4, axis2=-2), -1, -3)

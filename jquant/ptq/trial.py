@@ -1,0 +1,100 @@
+"""Trials: how far a module's output moves when some of its layers are replaced, for each of many candidates.
+
+    error(c) = Σ ‖f_c(x) − f(x)‖² / Σ ‖f(x)‖²        over the captured calls of the module
+
+All candidates and calls run in one compiled program, which serves every block of equal structure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jquant.core.errors import InputError
+from jquant.nn.protocol import Equivalence
+from jquant.nn.surgery import Path, module_at, replace
+
+Arguments = tuple[Any, ...]
+Make = Callable[[Any, Array, Any], nnx.Module]  # a float layer, a candidate's scales, options: what takes its place
+
+
+def output_errors(
+    block: nnx.Module,
+    place: Equivalence,
+    inputs: Sequence[Arguments],
+    scales: Float[Array, "candidates *experts channels"],
+    make: Make,
+    options: Mapping[Path, Any],
+) -> Float[Array, " candidates"]:
+    """Relative errors of the output of a place's parent.
+
+    Args:
+        block: float; left as it is.
+        place: whose parent is run, and whose consumers are replaced.
+        inputs: what the parent was called with, calls of equal shapes.
+        scales: one set a candidate.
+        make: a function at module level, since compiled programs are found by it.
+        options: of `make`, hashable, by path of a consumer; consumers that are not named stay as they are.
+
+    Raises:
+        InputError: there are no inputs, or they differ in shape.
+    """
+    if not inputs:
+        raise InputError(f"{place.parent}: no captured inputs to try candidates on; calibrate with at least one window")
+    if len({str(jax.tree.map(jnp.shape, call)) for call in inputs}) > 1:
+        raise InputError(f"{place.parent}: captured inputs differ in shape; calibrate with windows of one length")
+    graphdef, state = nnx.split(module_at(block, place.parent))
+    inner = tuple((path[len(place.parent) + 1 :], option) for path, option in options.items())
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+    return _output_errors(graphdef, make, inner, state, scales, stacked)
+
+
+def some_inputs(inputs: Sequence[Arguments], tokens: int) -> list[Arguments]:
+    """As many calls, spread evenly, as hold `tokens` rows of their first argument; at least one."""
+    if not inputs:
+        return []
+    rows = max(1, math.prod(inputs[0][0].shape[:-1]))
+    count = min(len(inputs), max(1, tokens // rows))
+    return [inputs[index * len(inputs) // count] for index in range(count)]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _output_errors(
+    graphdef: nnx.GraphDef,
+    make: Make,
+    options: tuple[tuple[Path, Any], ...],
+    state: nnx.State,
+    scales: Array,
+    inputs: Arguments,
+) -> Array:
+    expected = jax.lax.map(lambda call: _wide(nnx.merge(graphdef, state)(*call)), inputs)
+
+    def error(candidate: Array) -> Array:
+        made_graphdef, made_state = nnx.split(_with_layers(nnx.merge(graphdef, state), candidate, make, options))
+
+        def one_call(total: Array, call: tuple[Arguments, Array]) -> tuple[Array, None]:
+            arguments, wanted = call
+            difference = _wide(nnx.merge(made_graphdef, made_state)(*arguments)) - wanted
+            return total + jnp.sum(difference * difference), None
+
+        return jax.lax.scan(one_call, jnp.float32(0), (inputs, expected))[0]
+
+    return jax.lax.map(error, scales) / jnp.sum(expected * expected)
+
+
+def _with_layers(module: Any, candidate: Array, make: Make, options: tuple[tuple[Path, Any], ...]) -> Any:
+    if options[0][0] == "":  # the parent is the layer itself
+        return make(module, candidate, options[0][1])
+    replace(module, {path: make(module_at(module, path), candidate, option) for path, option in options})
+    return module
+
+
+def _wide(output: Array) -> Array:
+    return output.astype(jnp.float32)
