@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jquant.core import packing
 from jquant.core.division import exact_divide, exact_ratio
@@ -25,7 +25,7 @@ from jquant.core.scheme import Scheme
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("planes", "stored", "zero_planes"),
+    data_fields=("planes", "stored", "zero_planes", "groups"),
     meta_fields=("scheme", "matrix_shape", "dtype"),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class QTensor:
     scheme: Scheme
     matrix_shape: tuple[int, int]
     dtype: np.dtype  # of the array it was made from
+    groups: Array | None = None  # int32 [..., in], the column tile of each input; None where neighbours share one
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,12 +90,20 @@ class QTensor:
         return f"QTensor({self.scheme}, shape={(*batch, *self.matrix_shape)}, dtype={self.dtype})"
 
 
+class TileRange(NamedTuple):
+    """The range of each tile, one entry a tile."""
+
+    high: Array  # the largest value, at least 0; without zero points the largest magnitude
+    low: Array | None  # the smallest value, at most 0; None without zero points
+
+
 class Parameters(NamedTuple):
     """Scales and zero points of one array: as stored, and as the encoder uses them, one entry a tile."""
 
     stored: StoredScale
     scale: Array
     zero_point: Array | None  # float32 whole numbers
+    target: Array  # the scale before it was rounded to the scheme's format; 0 for a tile of zeros
 
 
 def quantize(
@@ -104,6 +113,7 @@ def quantize(
     scale: Float[Array, "*batch row_tiles column_tiles"] | None = None,
     zero_point: Array | None = None,
     importance: Float[Array, " in"] | None = None,
+    groups: Integer[Array, "*batch in"] | None = None,
 ) -> QTensor:
     """Nearest codes: clip(round(x / s) + z) for integers, the nearest level of x / s for the others.
 
@@ -114,6 +124,8 @@ def quantize(
         zero_point: codes of zero to use, one a tile, rounded and clipped to codes; only with `scale` and an
             asymmetric scheme.
         importance: weights ≥ 0 of the columns' squared errors, for those types of ggml that search their scales.
+        groups: which group each input belongs to, where groups are not of neighbours: as many 0 as a group has columns,
+            as many 1, …, the last perhaps fewer, in any order. Of other counts the result makes no sense.
 
     Returns:
         The packed tensor; its `dtype` is x's.
@@ -126,26 +138,47 @@ def quantize(
     """
     _check_input(x, scheme)
     if scheme.block is not None:
+        if groups is not None:
+            raise InputError(f"{scheme} with groups: a block holds neighbours only; leave them out")
         return _quantize_rows(x, scheme, scheme.block, scale, zero_point, importance)
+    if groups is not None and groups.shape != (*x.shape[:-2], x.shape[-1]):
+        raise InputError(f"groups of shape {groups.shape} for {x.shape}: they must be {(*x.shape[:-2], x.shape[-1])}")
     if importance is not None:
         raise InputError(f"{scheme} takes no importance: only ggml's block types search their scales; leave it out")
-    tiles = to_tiles(x.astype(jnp.float32), scheme)
+    wide = x.astype(jnp.float32)
+    order = None if groups is None else jnp.argsort(groups, axis=-1, stable=True)
+    tiles = to_tiles(wide if order is None else _take_columns(wide, order), scheme)
     parameters = choose_parameters(tiles, scheme) if scale is None else _given(x, scheme, scale, zero_point)
-    y = exact_ratio(tiles, spread(parameters.scale))
-    zero = parameters.zero_point
+    return _encode(x, tiles, scheme, parameters, groups, order)
+
+
+def quantize_with(x: Float[Array, "*batch out in"], scheme: Scheme, parameters: Parameters) -> QTensor:
+    """`quantize` with scales and zero points that were found for x otherwise than from its range."""
+    _check_input(x, scheme)
+    return _encode(x, to_tiles(x.astype(jnp.float32), scheme), scheme, parameters, None, None)
+
+
+def _encode(
+    x: Array, tiles: Array, scheme: Scheme, parameters: Parameters, groups: Array | None, order: Array | None
+) -> QTensor:
+    y, zero = exact_ratio(tiles, spread(parameters.scale)), parameters.zero_point
     if zero is None:
         codes, zero_planes = scheme.element.encode(y), None
     else:
         codes = _integer(scheme.element).encode(y, spread(zero))
         zero_planes = packing.pack(zero.astype(jnp.uint8).swapaxes(-1, -2), scheme.element.bits)
     rows, columns = x.shape[-2:]
+    codes = from_tiles(codes, (rows, columns))
+    if order is not None:
+        codes = _take_columns(codes, jnp.argsort(order, axis=-1))
     return QTensor(
-        planes=packing.pack(from_tiles(codes, (rows, columns)), scheme.element.bits),
+        planes=packing.pack(codes, scheme.element.bits),
         stored=parameters.stored,
         zero_planes=zero_planes,
         scheme=scheme,
         matrix_shape=(rows, columns),
         dtype=np.dtype(x.dtype),
+        groups=None if groups is None else groups.astype(jnp.int32),
     )
 
 
@@ -159,13 +192,34 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*bat
     if q.scheme.block is not None:
         values = decode_rows(q.planes[0], q.scheme.block, q.matrix_shape[1])
         return values.astype(q.dtype if dtype is None else dtype)
-    tiles = to_tiles(q.codes(), q.scheme)
+    dtype = q.dtype if dtype is None else dtype
     zero = q.zero_points()
+    if q.groups is not None:
+        return _dequantize_by_column(q, q.groups, zero).astype(dtype)
+    tiles = to_tiles(q.codes(), q.scheme)
     if zero is None:
         levels = q.scheme.element.decode(tiles)
     else:
         levels = _integer(q.scheme.element).decode(tiles, spread(zero.astype(jnp.float32)))
-    return from_tiles(levels * spread(q.scales()), q.matrix_shape).astype(q.dtype if dtype is None else dtype)
+    return from_tiles(levels * spread(q.scales()), q.matrix_shape).astype(dtype)
+
+
+def _dequantize_by_column(q: QTensor, groups: Array, zero: Array | None) -> Array:
+    """Where the groups are not of neighbours: every column looks its scale up."""
+    rows, columns = q.matrix_shape
+    tile_rows = q.scheme.tile(rows, columns)[0]
+
+    def of_columns(per_tile: Array) -> Array:
+        return jnp.repeat(_take_columns(per_tile, groups), tile_rows, axis=-2)[..., :rows, :]
+
+    if zero is None:
+        return q.scheme.element.decode(q.codes()) * of_columns(q.scales())
+    return _integer(q.scheme.element).decode(q.codes(), of_columns(zero.astype(jnp.float32))) * of_columns(q.scales())
+
+
+def _take_columns(x: Array, order: Array) -> Array:
+    """x[..., rows, order[...]]."""
+    return jnp.take_along_axis(x, order[..., None, :], axis=-1)
 
 
 def choose_parameters(
@@ -175,20 +229,32 @@ def choose_parameters(
 
     `outer` is the second level of a nested scale where the tiles are a part of a matrix; by default they are all of it.
     """
+    return parameters_of_range(tile_range(tiles, scheme), scheme, outer=outer)
+
+
+def tile_range(tiles: Float32[Array, "*batch r tr c tc"], scheme: Scheme) -> TileRange:
+    """What of each tile its scale depends on."""
     if scheme.zero_point == "integer":
-        highest, lowest = jnp.maximum(_over_tile(jnp.max, tiles), 0.0), jnp.minimum(_over_tile(jnp.min, tiles), 0.0)
+        highest, lowest = _over_tile(jnp.max, tiles), _over_tile(jnp.min, tiles)
+        return TileRange(jnp.maximum(highest, 0.0), jnp.minimum(lowest, 0.0))
+    return TileRange(_over_tile(_largest_magnitude, tiles), None)
+
+
+def parameters_of_range(span: TileRange, scheme: Scheme, *, outer: Array | None = None) -> Parameters:
+    """Scales and zero points that spread the codes over `span`; `outer` as in `choose_parameters`."""
+    if span.low is not None:
         codes = _integer(scheme.element).highest_code
-        target = exact_divide(highest - lowest, codes)
+        target = exact_divide(span.high - span.low, codes)
         stored = scheme.scale.store(target, None, scheme.element)
         scale = scheme.scale.load(stored)
-        return Parameters(stored, scale, jnp.clip(jnp.round(exact_ratio(-lowest, scale)), 0, codes))
-    absmax = _over_tile(_largest_magnitude, tiles)
-    target = scheme.scale.target(absmax, scheme.element)
+        zero = jnp.clip(jnp.round(exact_ratio(-span.low, scale)), 0, codes)
+        return Parameters(stored, scale, zero, target)
+    target = scheme.scale.target(span.high, scheme.element)
     if isinstance(scheme.scale, NestedScale):
-        stored = scheme.scale.store(target, absmax, scheme.element, outer=outer)
+        stored = scheme.scale.store(target, span.high, scheme.element, outer=outer)
     else:
-        stored = scheme.scale.store(target, absmax, scheme.element)
-    return Parameters(stored, encoding_scale(scheme.scale, target, stored), None)
+        stored = scheme.scale.store(target, span.high, scheme.element)
+    return Parameters(stored, encoding_scale(scheme.scale, target, stored), None, target)
 
 
 def _over_tile(reduce: Callable[..., Array], tiles: Array) -> Array:
@@ -285,7 +351,7 @@ def _given(x: Array, scheme: Scheme, scale: Array, zero_point: Array | None) -> 
     zero = None
     if zero_point is not None:
         zero = jnp.clip(jnp.round(jnp.asarray(zero_point, jnp.float32)), 0, _integer(scheme.element).highest_code)
-    return Parameters(stored, encoding_scale(scheme.scale, target, stored), zero)
+    return Parameters(stored, encoding_scale(scheme.scale, target, stored), zero, target)
 
 
 def _check_input(x: Array, scheme: Scheme) -> None:

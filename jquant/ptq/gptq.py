@@ -2,8 +2,9 @@
 
     U = chol(H⁻¹), upper        q_i = round(w_i),   e_i = (w_i − q_i) / U_ii,   W[:, i:] −= e_i ⊗ U[i, i:]
 
-A group's scales come from its columns as compensated so far, when its first column is reached; with act-order, which
-takes the columns with the largest H_ii first, from the original weights, so that groups stay neighbours on disk.
+Columns with the largest H_ii come first (act-order). A group's scales come from the original weights, so that groups
+stay neighbours on disk (`static`); or from its columns as compensated so far, when its first column is reached: in the
+original order (`none`), or with groups formed in that of H_ii (`dynamic`).
 
 Reference: Frantar et al., 2210.17323, and SPEC 4. Departures: U comes from one factorization and one triangular inverse
 (of H in reversed order) instead of three; the last group may be shorter.
@@ -25,11 +26,14 @@ from jquant.core import packing
 from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int as IntElement
-from jquant.core.qtensor import Parameters, QTensor, choose_parameters
-from jquant.core.scales import DoubleQuantizedScale, FloatScale, StoredScale, outer_scale
+from jquant.core.qtensor import QTensor, choose_parameters
+from jquant.core.range_search import scheme_of_search, search_parameters
+from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
 from jquant.ptq.solver import Solution
 
+_INNER = 16  # columns of the innermost part, which are compensated for each other one by one
+_SPAN = 512  # errors that go into one product; those of longer stretches are summed
 _TRIES = 6  # dampings that are tried, each ten times the last
 
 
@@ -38,7 +42,10 @@ class GPTQConfig:
     """How GPTQ runs."""
 
     damping: float = 0.01  # of the mean diagonal of H, added to it
-    act_order: Literal["none", "static"] = "none"
+    # Columns of large H_ii first: with groups of neighbours and their scales from the original weights, or with groups
+    # formed in that order, which the packed weight then has to say.
+    act_order: Literal["none", "static", "dynamic"] = "static"
+    range: Literal["minmax", "mse"] = "mse"  # of groups: all of it, or what loses least (core/range_search.py)
     block: int = 128  # columns after which the rest of W is compensated in one product
 
     def __post_init__(self) -> None:
@@ -67,7 +74,8 @@ def solve(
         w: any float dtype; computed in float32.
         gram: of the layer's input (calib/gram.py).
         scheme: integers, floats or codebooks with any granularity and scale format.
-        config: by default plain GPTQ.
+        config: by default static act-order and searched ranges; plain GPTQ is
+            `GPTQConfig(act_order="none", range="minmax")`.
 
     Raises:
         InputError: there is no Gram matrix, the scheme is a block type of ggml, a group does not fit, or shapes
@@ -98,7 +106,7 @@ def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, con
 def _factorize(matrix: Array, config: GPTQConfig) -> Factor:
     diagonal = jnp.diagonal(matrix)
     dead = diagonal == 0
-    order = jnp.argsort(-diagonal) if config.act_order == "static" else jnp.arange(len(diagonal))
+    order = jnp.arange(len(diagonal)) if config.act_order == "none" else jnp.argsort(-diagonal)
     matrix = (matrix + jnp.diag(dead.astype(jnp.float32)))[order][:, order]
     # chol(H⁻¹) upper = P·chol(P·H·P)⁻¹·P with P the reversal: no inverse of H is formed.
     turned, mean = matrix[::-1, ::-1], jnp.mean(jnp.diagonal(matrix))
@@ -120,116 +128,155 @@ def _factorize(matrix: Array, config: GPTQConfig) -> Factor:
     return Factor(jnp.where(fallback, identity, upper), order, dead, damping, fallback)
 
 
-class _Scales(NamedTuple):
-    """Parameters of all groups, filled in as groups are reached, and of every column for the rounding."""
+class _Parameters(NamedTuple):
+    """Of all groups, filled in as groups are reached."""
 
-    stored: Array  # [row tiles, groups] in the scheme's dtype
-    target: Array  # [row tiles, groups] float32, before storing
-    zero: Array  # [row tiles, groups] float32
-    column_scale: Array  # [row tiles, columns in order]
-    column_zero: Array
+    target: Array  # [groups, row tiles] float32, the scale before it is rounded to the scheme's format
+    scale: Array  # [groups, row tiles] what is divided by
+    zero: Array  # [groups, row tiles]
 
 
 class _State(NamedTuple):
-    weight: Array  # [out, columns in order], compensated so far
-    codes: Array  # uint8
-    scales: _Scales
-    loss: Array
+    errors: Array  # [columns in order, out]: e, and 0 where no column has been rounded yet
+    codes: Array  # [columns in order, out] uint8
+    parameters: _Parameters
+
+
+class _Problem(NamedTuple):
+    """What stays the same while columns are rounded."""
+
+    weight: Array  # [columns in order, out]
+    upper: Array
+    place: Array  # the group of each column
+    outer: Array | None  # second level of nested scales
 
 
 @partial(jax.jit, static_argnames=("scheme", "config"))
 def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig) -> Solution:
     rows, columns = w.shape
-    group = scheme.granularity.tile(rows, columns)[1]
-    block, chunk = _blocking(group, config.block)
-    width = -(-columns // chunk) * chunk
+    group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
+    levels = _levels(group, config)
+    width = -(-columns // levels[0]) * levels[0]
     weight = jnp.where(factor.dead, 0.0, w.astype(jnp.float32))
-    outer = outer_scale(scheme.scale, weight, scheme.element)
     padded = jnp.pad(weight, ((0, 0), (0, width - columns)))
-    upper = jnp.pad(factor.upper, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns).astype(jnp.float32))
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
+    problem = _Problem(
+        weight=padded.T[order],
+        upper=jnp.pad(factor.upper, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1)),
+        place=(order if config.act_order == "static" else jnp.arange(width)) // group,
+        outer=outer_scale(scheme.scale, weight, scheme.element),
+    )
+    tile_rows = scheme.granularity.tile(rows, columns)[0]
+    ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
     state = _State(
-        weight=padded[:, order],
-        codes=jnp.zeros((rows, width), jnp.uint8),
-        scales=_empty_scales(scheme, rows, width, group),
-        loss=jnp.float32(0),
+        errors=jnp.zeros((width, rows), jnp.float32),
+        codes=jnp.zeros((width, rows), jnp.uint8),
+        parameters=_Parameters(ones, ones, jnp.zeros_like(ones)),
     )
     if config.act_order == "static":
-        state = state._replace(scales=_scales_of_original(padded, order, group, scheme, outer, state.scales))
-
-    def one_chunk(state: _State, start: Array) -> tuple[_State, None]:
-        if config.act_order == "none" and group > block:
-            state = _open_group(state, start, group, scheme, outer)
-
-        def one_block(index: Array, state: _State) -> _State:
-            return _round_block(state, start + index * block, upper, block, group, scheme, config, outer)
-
-        return jax.lax.fori_loop(0, chunk // block, one_block, state), None
-
-    state, _ = jax.lax.scan(one_chunk, state, jnp.arange(0, width, chunk))
-    codes = jnp.zeros_like(state.codes).at[:, order].set(state.codes)[:, :columns]
-    q = _assemble(codes, state.scales, scheme, (rows, columns), outer, np.dtype(w.dtype))
-    return Solution(q, state.loss, factor.damping, factor.fallback)
+        whole = jnp.pad(weight, ((0, 0), (0, -columns % group)))
+        state = state._replace(parameters=_choose(whole.T, scheme, group, config, problem.outer))
+    state = _round_columns(problem, state, problem.weight, 0, levels, scheme, group, config)
+    codes = jnp.zeros_like(state.codes).at[order].set(state.codes).T[:, :columns]
+    groups = None
+    if config.act_order == "dynamic" and group < columns:
+        groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[:columns])
+    q = _assemble(codes, state.parameters, scheme, (rows, columns), problem.outer, np.dtype(w.dtype), groups)
+    errors = state.errors[:columns]
+    loss = jnp.sum(jnp.sum(errors * errors, axis=-1)) / 2
+    return Solution(q, loss, factor.damping, factor.fallback)
 
 
-def _blocking(group: int, block: int) -> tuple[int, int]:
-    """Columns of a block and of a chunk: a chunk holds whole groups, and no group begins inside a block that began in
-    another group. So a group's scales never come from columns that wait for a block's compensation."""
-    if group <= block:
-        block = block // group * group
-        return block, block
-    divisors = [size for size in range(1, block + 1) if group % size == 0]
-    best = divisors[-1]
-    return (best, group) if best >= block // 4 else (group, group)
+def _levels(group: int, config: GPTQConfig) -> tuple[int, ...]:
+    """Columns of ever smaller parts, each dividing the one before, the last 1.
 
-
-def _round_block(
-    state: _State,
-    start: Array,
-    upper: Array,
-    block: int,
-    group: int,
-    scheme: Scheme,
-    config: GPTQConfig,
-    outer: Array | None,
-) -> _State:
-    """Rounds `block` columns from `start` on, then compensates all that follow in one product."""
-    rows, width = state.weight.shape
-    own = jax.lax.dynamic_slice(upper, (start, 0), (block, width))
-    square = jax.lax.dynamic_slice(own, (0, start), (block, block))
-    errors = jnp.zeros((rows, block), jnp.float32)
-    opens = config.act_order == "none" and group <= block
-
-    def one_column(index: Array, carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
-        here, errors, state = carry
-        column = jax.lax.dynamic_slice_in_dim(here, index, 1, axis=1)
-        scale, zero = _of_column(state.scales, start + index, rows)
-        code, value = _round(column, scale, zero, scheme)
-        pivot = square[index, index]
-        error = (column - value) / pivot
-        here = here - error * jax.lax.dynamic_slice_in_dim(square, index, 1, axis=0)
-        errors = jax.lax.dynamic_update_slice_in_dim(errors, error, index, axis=1)
-        codes = jax.lax.dynamic_update_slice_in_dim(state.codes, code, start + index, axis=1)
-        return here, errors, state._replace(codes=codes)
-
-    def one_group(index: Array, carry: tuple[Array, Array, _State]) -> tuple[Array, Array, _State]:
-        here, errors, state = carry
-        columns = jax.lax.dynamic_slice_in_dim(here, index * group, group, axis=1)
-        state = _set_group(state, columns, start + index * group, group, scheme, outer)
-        return jax.lax.fori_loop(index * group, (index + 1) * group, one_column, (here, errors, state))
-
-    here = jax.lax.dynamic_slice_in_dim(state.weight, start, block, axis=1)
-    if opens:
-        _, errors, state = jax.lax.fori_loop(0, block // group, one_group, (here, errors, state))
+    Before a part is taken up it is compensated for all that was rounded so far, in one product. The parameters of a
+    group are chosen when a part of its size is; so it is a level, unless they are known beforehand.
+    """
+    if config.act_order == "static":
+        sizes = [config.block]
+    elif group <= config.block:
+        sizes = [config.block // group * group, group]
     else:
-        _, errors, state = jax.lax.fori_loop(0, block, one_column, (here, errors, state))
-    later = jnp.where(jnp.arange(width) >= start + block, own, 0.0)
-    compensation = jnp.matmul(errors, later, precision=jax.lax.Precision.HIGHEST)
-    return state._replace(weight=state.weight - compensation, loss=state.loss + jnp.sum(errors * errors) / 2)
+        sizes = [group, _divisor(group, config.block)]
+    return (*dict.fromkeys([*sizes, _divisor(sizes[-1], _INNER), 1]),)
+
+
+def _padded_group(group: int, columns: int, block: int) -> int:
+    """The group's width; where it is all columns, with so many of padding that blocks divide it."""
+    return -(-columns // block) * block if group == columns > block else group
+
+
+def _divisor(size: int, limit: int) -> int:
+    """The largest divisor of `size` up to `limit`."""
+    return next(part for part in range(min(limit, size), 0, -1) if size % part == 0)
+
+
+def _round_columns(
+    problem: _Problem,
+    state: _State,
+    here: Array,
+    start: Array | int,
+    levels: tuple[int, ...],
+    scheme: Scheme,
+    group: int,
+    config: GPTQConfig,
+) -> _State:
+    """Rounds the columns `here`, which begin at `start`, in parts of levels[0] columns."""
+    size, *smaller = levels
+
+    def one_part(index: Array, state: _State) -> _State:
+        at = start + index * size
+        part = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
+        part = part - _compensation(problem, state.errors, start, len(here), at, size)
+        if size == group and config.act_order != "static":
+            state = _open_group(problem, state, part, at // group, scheme, config)
+        if smaller:
+            return _round_columns(problem, state, part, at, tuple(smaller), scheme, group, config)
+        return _round_column(problem, state, part, at, scheme)
+
+    return jax.lax.fori_loop(0, len(here) // size, one_part, state)
+
+
+def _compensation(problem: _Problem, errors: Array, start: Array | int, length: int, at: Array, size: int) -> Array:
+    """What the columns from `start` to `at`, of `length` in all, leave to the `size` columns from `at` on; [size, out].
+
+    The errors of columns not rounded yet are 0, so slices need no exact end.
+    """
+    rows = errors.shape[1]
+
+    def of_span(span: int, begin: Array | int) -> Array:
+        weights = jax.lax.dynamic_slice(problem.upper, (begin, at), (span, size))
+        left = jax.lax.dynamic_slice(errors, (begin, 0), (span, rows))
+        return jnp.matmul(weights.T, left, precision=jax.lax.Precision.HIGHEST)
+
+    span = _divisor(length // size, max(1, _SPAN // size)) * size
+    if span == length:
+        return of_span(length, start)
+    return jax.lax.fori_loop(
+        0,
+        (at - start + span - 1) // span,
+        lambda index, sum_: sum_ + of_span(span, start + index * span),
+        jnp.zeros((size, rows), jnp.float32),
+    )
+
+
+def _round_column(problem: _Problem, state: _State, column: Array, at: Array, scheme: Scheme) -> _State:
+    rows = column.shape[1]
+    place = problem.place[at]
+    scale, zero = (
+        _of_rows(jax.lax.dynamic_slice_in_dim(each, place, 1, axis=0), rows) for each in state.parameters[1:]
+    )
+    code, value = _round(column, scale, zero, scheme)
+    error = (column - value) / problem.upper[at, at]
+    return state._replace(
+        errors=jax.lax.dynamic_update_slice_in_dim(state.errors, error, at, axis=0),
+        codes=jax.lax.dynamic_update_slice_in_dim(state.codes, code, at, axis=0),
+    )
 
 
 def _round(column: Array, scale: Array, zero: Array, scheme: Scheme) -> tuple[Array, Array]:
-    """Codes and values of one column, [out, 1] each."""
+    """Codes and values of one column, [1, out] each."""
     ratio = exact_ratio(column, scale)
     if scheme.zero_point == "integer":
         assert isinstance(scheme.element, IntElement)
@@ -239,112 +286,53 @@ def _round(column: Array, scale: Array, zero: Array, scheme: Scheme) -> tuple[Ar
     return code, scheme.element.decode(code) * scale
 
 
-def _of_column(scales: _Scales, column: Array, rows: int) -> tuple[Array, Array]:
-    """Scale and zero point of every row in one column, [out, 1]."""
-    tile = -(-rows // scales.column_scale.shape[0])
-    both = (scales.column_scale, scales.column_zero)
-    picked = (jax.lax.dynamic_slice_in_dim(each, column, 1, axis=1) for each in both)
-    scale, zero = (jnp.repeat(each, tile, axis=0)[:rows] for each in picked)
-    return scale, zero
+def _of_rows(per_tile: Array, rows: int) -> Array:
+    """[1, row tiles] to [1, out]."""
+    tile = -(-rows // per_tile.shape[1])
+    return per_tile if tile == 1 else jnp.repeat(per_tile, tile, axis=1)[:, :rows]
 
 
-def _open_group(state: _State, start: Array, group: int, scheme: Scheme, outer: Array | None) -> _State:
-    """Scales of a group wider than a block, from the compensated weights."""
-    columns = jax.lax.dynamic_slice_in_dim(state.weight, start, group, axis=1)
-    return _set_group(state, columns, start, group, scheme, outer)
-
-
-def _set_group(state: _State, columns: Array, start: Array, group: int, scheme: Scheme, outer: Array | None) -> _State:
-    """Chooses the parameters of one group of columns and writes them where the rounding looks."""
-    found = _parameters(columns, scheme, group, outer)
-    zero = jnp.zeros_like(found.scale) if found.zero_point is None else found.zero_point
-    target = _target(columns, scheme, group, found)
-    scales, index = state.scales, start // group
-
-    def put(whole: Array, part: Array, at: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), at, axis=1)
-
-    def wide(part: Array) -> Array:
-        return jnp.broadcast_to(part, (part.shape[0], group))
-
-    scales = _Scales(
-        stored=put(scales.stored, found.stored.scale, index),
-        target=put(scales.target, target, index),
-        zero=put(scales.zero, zero, index),
-        column_scale=put(scales.column_scale, wide(found.scale), start),
-        column_zero=put(scales.column_zero, wide(zero), start),
+def _open_group(
+    problem: _Problem, state: _State, columns: Array, index: Array, scheme: Scheme, config: GPTQConfig
+) -> _State:
+    """Chooses the parameters of the group that `columns`, compensated by now, make up."""
+    found = _choose(columns, scheme, len(columns), config, problem.outer)
+    parameters = (
+        jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0)
+        for whole, part in zip(state.parameters, found, strict=True)
     )
-    return state._replace(scales=scales)
+    return state._replace(parameters=_Parameters(*parameters))
 
 
-def _scales_of_original(
-    padded: Array, order: Array, group: int, scheme: Scheme, outer: Array | None, empty: _Scales
-) -> _Scales:
-    """All groups from the original weights; columns find theirs by their original place."""
-    found = _parameters(padded, scheme, group, outer)
-    zero = jnp.zeros_like(found.scale) if found.zero_point is None else found.zero_point
-    place = order // group
-    return _Scales(
-        stored=found.stored.scale.astype(empty.stored.dtype),
-        target=_target(padded, scheme, group, found),
-        zero=zero,
-        column_scale=found.scale[:, place],
-        column_zero=zero[:, place],
-    )
-
-
-def _parameters(columns: Array, scheme: Scheme, group: int, outer: Array | None) -> Parameters:
-    """[row tiles, groups] of whole groups of columns. Doubly quantized scales are quantized at the end, all at once."""
-    tiles = _tiles(columns, scheme, group)
-    return choose_parameters(tiles, _in_the_loop(scheme), outer=outer)
-
-
-def _tiles(columns: Array, scheme: Scheme, group: int) -> Array:
-    rows = columns.shape[0]
+def _choose(columns: Array, scheme: Scheme, group: int, config: GPTQConfig, outer: Array | None) -> _Parameters:
+    """Of whole groups of columns [groups · group, out]."""
+    rows = columns.shape[1]
     tile_rows = scheme.granularity.tile(rows, group)[0]
-    short = -rows % tile_rows
-    columns = jnp.pad(columns, ((0, short), (0, 0)))
-    return columns.reshape(-1, tile_rows, columns.shape[1] // group, group)
-
-
-def _target(columns: Array, scheme: Scheme, group: int, found: Parameters) -> Array:
-    """Scales before storing; 0 for a group of zeros, as where there is no data to look at."""
-    some = jnp.any(_tiles(columns, scheme, group) != 0, axis=(-3, -1))
-    return jnp.where(some, found.scale, 0.0)
-
-
-def _in_the_loop(scheme: Scheme) -> Scheme:
-    if not isinstance(scheme.scale, DoubleQuantizedScale):
-        return scheme
-    return Scheme(element=scheme.element, granularity=scheme.granularity, scale=FloatScale())
-
-
-def _empty_scales(scheme: Scheme, rows: int, width: int, group: int) -> _Scales:
-    tile_rows = scheme.granularity.tile(rows, group)[0]
-    shape = (-(-rows // tile_rows), width // group)
-    tiles = jax.ShapeDtypeStruct((*shape[:1], tile_rows, 1, group), jnp.float32)
-    stored = jax.eval_shape(partial(choose_parameters, scheme=_in_the_loop(scheme)), tiles).stored
-    ones = jnp.ones((shape[0], width), jnp.float32)
-    return _Scales(
-        stored=jnp.zeros(shape, stored.scale.dtype),
-        target=jnp.ones(shape, jnp.float32),
-        zero=jnp.zeros(shape, jnp.float32),
-        column_scale=ones,
-        column_zero=jnp.zeros_like(ones),
-    )
+    tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
+    choose = search_parameters if config.range == "mse" else choose_parameters
+    found = choose(tiles, scheme_of_search(scheme), outer=outer)
+    zero = jnp.zeros_like(found.scale) if found.zero_point is None else found.zero_point
+    return _Parameters(found.target.T, found.scale.T, zero.T)
 
 
 def _assemble(
-    codes: Array, scales: _Scales, scheme: Scheme, shape: tuple[int, int], outer: Array | None, dtype: np.dtype
+    codes: Array,
+    parameters: _Parameters,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    outer: Array | None,
+    dtype: np.dtype,
+    groups: Array | None,
 ) -> QTensor:
-    groups = -(-shape[1] // scheme.granularity.tile(*shape)[1])
-    if isinstance(scheme.scale, DoubleQuantizedScale):
-        stored = scheme.scale.store(scales.target[:, :groups], None, scheme.element)
+    count = -(-shape[1] // scheme.granularity.tile(*shape)[1])
+    target = parameters.target[:count].T
+    if isinstance(scheme.scale, NestedScale):
+        stored = scheme.scale.store(target, None, scheme.element, outer=outer)
     else:
-        stored = StoredScale(scales.stored[:, :groups], scale2=outer)
+        stored = scheme.scale.store(target, None, scheme.element)
     zero = None
     if scheme.zero_point == "integer":
-        zero = packing.pack(scales.zero[:, :groups].astype(jnp.uint8).swapaxes(-1, -2), scheme.element.bits)
+        zero = packing.pack(parameters.zero[:count].astype(jnp.uint8), scheme.element.bits)
     return QTensor(
         planes=packing.pack(codes, scheme.element.bits),
         stored=stored,
@@ -352,4 +340,5 @@ def _assemble(
         scheme=scheme,
         matrix_shape=shape,
         dtype=dtype,
+        groups=groups,
     )

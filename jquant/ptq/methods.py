@@ -21,6 +21,7 @@ class Method:
 
 SOLVERS: dict[str, Method] = {
     "rtn": Method(rtn.solve, rtn.RTNConfig(), needs_gram=False),
+    "rtn-mse": Method(rtn.solve, rtn.RTNConfig(range="mse"), needs_gram=False),
     "gptq": Method(gptq.solve, gptq.GPTQConfig(), needs_gram=True),
 }
 

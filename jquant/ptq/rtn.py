@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.qtensor import QTensor, dequantize, quantize, quantize_with, to_tiles
+from jquant.core.range_search import search_parameters
 from jquant.core.scheme import Scheme
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
 from jquant.nn.surgery import named_modules, replace, select
@@ -27,6 +29,8 @@ BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the 
 class RTNConfig:
     """How rounding to nearest runs."""
 
+    range: Literal["minmax", "mse"] = "minmax"  # of groups: all of it, or what loses least (core/range_search.py)
+
 
 def solve(w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, config: RTNConfig | None = None) -> Solution:
     """Rounds one matrix to the nearest codes.
@@ -35,17 +39,21 @@ def solve(w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, confi
         w: any float dtype; computed in float32.
         gram: of the layer's input; only the reported loss depends on it.
         scheme: any.
-        config: how; there is nothing to choose yet.
+        config: by default the scales come from the whole range.
 
     Raises:
-        InputError: a group does not fit.
+        InputError: a group does not fit, or the scheme is a block type of ggml, which searches its scales itself, and
+            the range is to be searched.
     """
     return _solve(w, gram, scheme, RTNConfig() if config is None else config)
 
 
 @partial(jax.jit, static_argnames=("scheme", "config"))
 def _solve(w: Array, gram: Gram | None, scheme: Scheme, config: RTNConfig) -> Solution:
-    q = quantize(w, scheme)
+    if config.range == "mse":
+        q = quantize_with(w, scheme, search_parameters(to_tiles(w.astype(jnp.float32), scheme), scheme))
+    else:
+        q = quantize(w, scheme)
     loss = output_loss(w, dequantize(q, jnp.float32), gram)
     return Solution(q, loss, damping=jnp.float32(0), fallback=jnp.bool_(False))
 
