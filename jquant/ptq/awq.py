@@ -34,7 +34,7 @@ from jquant.core.ste import fake_quantize
 from jquant.nn.linear import PRECISION, ExpertLinear, Linear
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path
-from jquant.ptq.fold import Rewrite, weight_at
+from jquant.ptq.fold import Rewrite, per_channel, weight_at
 from jquant.ptq.trial import Arguments, output_errors, some_inputs
 
 UNCLIPPED = ("q_proj", "k_proj")  # layers whose output meets a softmax, where clipping does harm (SPEC 5)
@@ -84,7 +84,7 @@ def search(
     Args:
         block: float; left as it is.
         place: one of `CausalLM.equivalences`.
-        absmean: mean |x| of every channel that reaches the consumers, [experts, channels] behind a stack of experts.
+        absmean: mean |x| of every channel that reaches the consumers, [experts, channels] where they are experts.
         schemes: of the consumers that will be quantized, by path in the block.
         inputs: what the place's parent was called with; not needed where the parent is the consumer itself.
         gram: of the consumer's input; needed there and only there.
@@ -98,7 +98,8 @@ def search(
     if not chosen:
         raise InputError(f"no layer behind {place.producer} is to be quantized: leave this place out")
     weights = tuple(weight_at(block, path) for path in chosen)
-    scales = _candidates(absmean, weights, tuple(chosen.values()), config)
+    mean = per_channel(absmean, block, place, jnp.nanmean)
+    scales = _candidates(mean, weights, tuple(chosen.values()), config)
     if place.parent in place.consumers:
         if gram is None:
             raise InputError(f"{place.parent}: its scales are searched with the Gram matrix of its input; give one")

@@ -8,6 +8,7 @@ float32 the block computes the same up to rounding; weights of a smaller dtype a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +45,10 @@ def fold(block: nnx.Module, equivalence: Equivalence, scales: Float[Array, "*exp
             was changed.
     """
     producer, *weights = [weight_at(block, path) for path in (equivalence.producer, *_readers(equivalence))]
-    shape = producer.shape if producer.ndim == 1 else producer.shape[:-1]
-    if scales.shape != shape:
-        raise InputError(f"scales of shape {scales.shape} for {equivalence.producer}: they must be {shape}")
+    if scales.shape != _channels(producer):
+        raise InputError(
+            f"scales of shape {scales.shape} for {equivalence.producer}: they must be {_channels(producer)}"
+        )
     if not bool(jnp.all((scales > 0) & jnp.isfinite(scales))):
         raise InputError(f"scales for {equivalence.producer}: they must be positive and finite")
     module: Any = module_at(block, equivalence.producer)
@@ -63,12 +65,38 @@ def fold_gram(gram: Gram, scales: Float[Array, "*experts channels"]) -> Gram:
     return gram._replace(matrix=gram.matrix / scales[..., :, None] / scales[..., None, :])
 
 
+def per_channel(
+    statistic: Float[Array, "*experts channels"],
+    block: nnx.Module,
+    place: Equivalence,
+    reduce: Callable[..., Array],
+) -> Float[Array, "*channels"]:
+    """A statistic of the consumers' input in the shape of the scales.
+
+    Where one norm stands before a stack of experts, `reduce` (as jnp.nanmax) takes it over those that saw data.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    shape = _channels(weight_at(block, place.producer))
+    if statistic.ndim == len(shape) + 1:
+        statistic = reduce(statistic, axis=0)
+    if statistic.shape != shape:
+        raise InputError(f"a statistic of shape {statistic.shape} for {place.producer}: it must be {shape}")
+    return statistic
+
+
 def weight_at(block: nnx.Module, path: str) -> Array:
     """The float weight of a layer. Raises InputError where it is packed."""
     weight: Any = getattr(module_at(block, path), "weight", None)
     if not isinstance(weight, nnx.Param):
         raise InputError(f"{path}: it has no float weight; transforms come before layers are quantized")
     return weight.get_value()
+
+
+def _channels(producer: Array) -> tuple[int, ...]:
+    """Shape of a producer's scales, from that of its weight."""
+    return producer.shape if producer.ndim == 1 else producer.shape[:-1]
 
 
 def _readers(equivalence: Equivalence) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from jquant.nn.linear import ExpertLinear, Linear, Quantized
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path
 from jquant.nn.w8a8 import static_parameters, w8a8_layer
-from jquant.ptq.fold import Rewrite, weight_at
+from jquant.ptq.fold import Rewrite, per_channel, weight_at
 from jquant.ptq.trial import Arguments, output_errors, some_inputs
 
 _SMALLEST = 1e-5  # SPEC 6
@@ -78,7 +78,7 @@ def search(
     Args:
         block: float; left as it is.
         place: one of `CausalLM.equivalences`.
-        absmax: largest |x| of every channel that reaches the consumers, [experts, channels] behind a stack of experts.
+        absmax: largest |x| of every channel that reaches the consumers, [experts, channels] where they are experts.
         pairs: schemes of the consumers that will be quantized, by path in the block.
         inputs: what the place's parent was called with; a fixed α needs none, and then reports no losses.
         config: by default α = 0.5.
@@ -92,8 +92,9 @@ def search(
         raise InputError(f"no layer behind {place.producer} is to be quantized: leave this place out")
     weights = [weight_at(block, path) for path in place.consumers]
     alphas = np.arange(config.grid + 1) / config.grid if config.alpha == "search" else np.asarray([config.alpha])
+    largest = per_channel(absmax, block, place, jnp.nanmax)
     # Last stands no smoothing at all, so that the search can leave a place alone.
-    scales = _candidates(absmax, tuple(weights), jnp.asarray(alphas, jnp.float32))
+    scales = _candidates(largest, tuple(weights), jnp.asarray(alphas, jnp.float32))
     choices = jnp.asarray([*alphas, jnp.nan], jnp.float32)
     if config.alpha != "search" and not inputs:
         return Rewrite(place, scales[0], choices[0], jnp.float32(jnp.nan), jnp.float32(jnp.nan))

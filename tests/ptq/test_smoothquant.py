@@ -107,6 +107,10 @@ def test_experts_have_scales_of_their_own() -> None:
         model.blocks[0], shared, jnp.asarray(_absmax(calls)), _pairs(shared), calls, config=SEARCH
     )
     assert found.scales.shape == (64,)
+    by_expert = jnp.stack([jnp.asarray(_absmax(calls)) * share for share in (0.5, 1.0, jnp.nan)])
+    pairs, fixed = _pairs(shared), SmoothQuantConfig(alpha=float(found.choice))
+    again = smoothquant.search(model.blocks[0], shared, by_expert, pairs, config=fixed)
+    np.testing.assert_allclose(again.scales, found.scales, rtol=1e-6)
     assert float(found.after) == pytest.approx(
         loss_after_folding(model, shared, found.scales, _packed, calls), rel=0.02
     )
@@ -146,6 +150,8 @@ def test_what_does_not_fit_is_refused(model: Decoder, inputs: dict[str, list[Any
         smoothquant.search(model.blocks[0], place, absmax, _pairs(place), config=SEARCH)
     with pytest.raises(InputError, match="no layer behind attn_norm"):
         smoothquant.search(model.blocks[0], place, absmax, {}, inputs["attn"], config=SEARCH)
+    with pytest.raises(InputError, match=r"shape \(32,\) for attn_norm: it must be \(64,\)"):
+        smoothquant.search(model.blocks[0], place, jnp.ones(32), _pairs(place))
     (x, context), *_ = inputs["attn"]
     odd = [(x, context), (x[:, :10], model.contexts(10)[0])]
     with pytest.raises(InputError, match="differ in shape"):
