@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jquant.core.errors import InputError
-from jquant.ptq import gptq, rtn
+from jquant.ptq import gptq, hqq, rtn
 from jquant.ptq.solver import Solve
 
 
@@ -23,6 +23,7 @@ SOLVERS: dict[str, Method] = {
     "rtn": Method(rtn.solve, rtn.RTNConfig(), needs_gram=False),
     "rtn-mse": Method(rtn.solve, rtn.RTNConfig(range="mse"), needs_gram=False),
     "gptq": Method(gptq.solve, gptq.GPTQConfig(), needs_gram=True),
+    "hqq": Method(hqq.solve, hqq.HQQConfig(), needs_gram=False),
 }
 
 
