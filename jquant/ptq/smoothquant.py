@@ -41,7 +41,7 @@ class SmoothQuantConfig:
     """How SmoothQuant runs."""
 
     alpha: float | Literal["search"] = 0.5  # share of the difficulty that moves to the weights
-    grid: int = 20  # a search tries 0, 1/grid, … 1, and no smoothing at all
+    grid: int = 10  # a search tries 0, 1/grid, … 1, and no smoothing at all
     search_tokens: int = 1024  # of the captured inputs, in whole calls
     places: Literal["norms", "all"] = "all"  # norms: only where a norm is the producer, as in the paper
 
