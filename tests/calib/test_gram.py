@@ -40,6 +40,27 @@ def test_bfloat16_products_are_summed_in_float32() -> None:
     np.testing.assert_allclose(found.matrix, 2 / 300 * rows.T @ rows, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dim", [1023, 1024, 1030])
+def test_strips_of_wide_inputs_make_up_the_whole(dim: int) -> None:
+    x = np.random.default_rng(1).standard_normal((40, dim)).astype(np.float32)
+    found = gram.finalize(jax.jit(gram.update)(gram.init(dim), jnp.asarray(x)))
+    np.testing.assert_allclose(found.matrix, 2 / 40 * x.T.astype(np.float64) @ x.astype(np.float64), atol=2e-6)
+    np.testing.assert_array_equal(found.matrix, found.matrix.T)
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 300, 257), (0, 0, 0, 0), (560, 0, 0, 0), (1, 1, 256, 0)])
+def test_each_expert_has_the_matrix_of_its_own_rows(counts: tuple[int, ...]) -> None:
+    x = np.random.default_rng(2).standard_normal((600, 24)).astype(np.float32)
+    x[sum(counts) :] = np.nan  # of no expert
+    state = gram.init(24, experts=4)
+    for _ in range(2):
+        state = jax.jit(gram.update_grouped)(state, jnp.asarray(x), jnp.asarray(counts))
+    found = gram.finalize(state)
+    np.testing.assert_array_equal(found.rows, 2 * np.asarray(counts))
+    for expert, rows in enumerate(np.split(x[: sum(counts)].astype(np.float64), np.cumsum(counts)[:-1])):
+        np.testing.assert_allclose(found.matrix[expert], 2 / max(1, len(rows)) * rows.T @ rows, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [
