@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jquant.core.errors import InputError
+
 
 class AbsMaxState(NamedTuple):
     """Largest magnitudes so far, float32; 0 where nothing was seen."""
@@ -49,3 +51,11 @@ def merge(*states: AbsMaxState) -> AbsMaxState:
 def finalize(state: AbsMaxState) -> Float[Array, "*experts channels"]:
     """The maxima."""
     return state.largest
+
+
+def check(largest: Float[Array, "*experts channels"], what: str) -> None:
+    """Raises InputError naming `what` where the data cannot serve: NaN or infinite, or all zero, as where none came."""
+    if not bool(jnp.all(jnp.isfinite(largest))):
+        raise InputError(f"{what}: activations hold a NaN or an infinity, or no rows were seen; give other text")
+    if not bool(jnp.any(largest > 0)):
+        raise InputError(f"{what}: all activations are zero; no method can learn from them")

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jquant.core.errors import InputError
+
 
 class AbsMeanState(NamedTuple):
     """Sums so far, float32."""
@@ -58,3 +60,11 @@ def finalize(state: AbsMeanState) -> Float[Array, "*experts channels"]:
     if state.rows.ndim:
         return state.total / jnp.maximum(state.rows, 1)[:, None]
     return state.total / state.rows
+
+
+def check(means: Float[Array, "*experts channels"], what: str) -> None:
+    """Raises InputError naming `what` where the data cannot serve: NaN or infinite, or all zero, as where none came."""
+    if not bool(jnp.all(jnp.isfinite(means))):
+        raise InputError(f"{what}: activations hold a NaN or an infinity, or no rows were seen; give other text")
+    if not bool(jnp.any(means > 0)):
+        raise InputError(f"{what}: all activations are zero; no method can learn from them")
