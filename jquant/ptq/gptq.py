@@ -30,6 +30,7 @@ from jquant.core.qtensor import QTensor, choose_parameters
 from jquant.core.range_search import scheme_of_search, search_parameters
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
+from jquant.ptq.inverse_cholesky import inverse_cholesky
 from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
@@ -112,19 +113,18 @@ def _factorize(matrix: Array, config: GPTQConfig) -> Factor:
     turned, mean = matrix[::-1, ::-1], jnp.mean(jnp.diagonal(matrix))
     identity = jnp.eye(len(order), dtype=jnp.float32)
 
-    def attempt(damping: Array) -> Array:
-        lower = jnp.linalg.cholesky(turned + damping * mean * identity)
-        return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
+    def damping_of(tries: Array) -> Array:
+        return config.damping * jnp.float32(10) ** (tries - 1)
 
-    def failed(state: tuple[Array, Array, Array]) -> Array:
-        return (state[0] < _TRIES) & ~jnp.all(jnp.isfinite(state[2]))
+    def failed(state: tuple[Array, Array]) -> Array:
+        return (state[0] < _TRIES) & ~jnp.all(jnp.isfinite(state[1]))
 
-    def again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        return state[0] + 1, state[1] * 10, attempt(state[1] * 10)
+    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        tries = state[0] + 1
+        return tries, inverse_cholesky(turned + damping_of(tries) * mean * identity)[::-1, ::-1]
 
-    first = jnp.float32(config.damping)
-    _, damping, upper = jax.lax.while_loop(failed, again, (jnp.int32(1), first, attempt(first)))
-    fallback = ~jnp.all(jnp.isfinite(upper))
+    tries, upper = jax.lax.while_loop(failed, again, (jnp.int32(0), jnp.full_like(turned, jnp.nan)))
+    fallback, damping = ~jnp.all(jnp.isfinite(upper)), damping_of(tries)
     return Factor(jnp.where(fallback, identity, upper), order, dead, damping, fallback)
 
 

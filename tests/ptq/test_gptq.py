@@ -15,6 +15,7 @@ from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.ptq import gptq, rtn
 from jquant.ptq.gptq import GPTQConfig
+from jquant.ptq.inverse_cholesky import inverse_cholesky
 
 ROWS, COLUMNS = 48, 160
 RNG = np.random.default_rng(0)
@@ -192,6 +193,17 @@ def test_dead_inputs_become_zero() -> None:
         assert not values[:, dead].any()
         assert np.isfinite(values).all()
         assert float(found.damping) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("size", [512, 513, 1100])
+def test_the_inverse_factor_in_halves(size: int) -> None:
+    rows = np.random.default_rng(size).standard_normal((size + 50, size))
+    matrix = rows.T @ rows / len(rows) + 0.01 * np.eye(size)
+    found = inverse_cholesky(jnp.asarray(matrix, jnp.float32))
+    expected = np.linalg.inv(np.linalg.cholesky(matrix))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    assert not np.triu(found, 1).any()
+    assert not np.isfinite(inverse_cholesky(jnp.asarray(-matrix, jnp.float32))).all()
 
 
 def test_damping_is_raised_until_it_helps_and_reported() -> None:
