@@ -5,9 +5,9 @@
 X is quantized per token, from the token itself (dynamic), or per tensor, with a scale found in calibration (static). A
 scale of all tokens together found at inference is not offered: what a token gives would depend on those after it.
 
-Sums of integers are exact everywhere. Those of fp8 are float32's on CPU; tensor cores keep fewer bits of them (H100, jax
-0.11.2: 1.2e-4 off in relative norm over 576 inputs). On CPU, too, XLA multiplies int8 as fast as it does float32 (jax
-0.10.2: 512×1536×576 in 6 ms against 9), so there is one path for all backends.
+Sums of integers are exact everywhere. Those of fp8 are float32's on CPU; tensor cores keep fewer bits of them (H100,
+jax 0.11.2: 1.2e-4 off in relative norm over 576 inputs). On CPU, too, XLA multiplies int8 as fast as it does float32
+(jax 0.10.2: 512×1536×576 in 6 ms against 9), so there is one path for all backends.
 
 Reference: SmoothQuant (Xiao et al., 2211.10438), 2 and 5; SPEC 6. Conventions of the codes are those of `quantize`.
 """
