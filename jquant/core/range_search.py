@@ -46,6 +46,7 @@ def search_parameters(
     scheme: Scheme,
     *,
     outer: Array | None = None,
+    importance: Float32[Array, "*#batch #r #tr c tc"] | None = None,
     config: RangeSearch | None = None,
 ) -> Parameters:
     """`choose_parameters` with the range of each tile shrunk to where the tile loses least.
@@ -54,6 +55,7 @@ def search_parameters(
         tiles: float32, see `core.qtensor.to_tiles`.
         scheme: integers, floats or codebooks with any granularity and scale format. Doubly quantized scales are
             searched for as they are before their own quantization.
+        importance: weights ≥ 0 of the errors, one a column of each tile; by default all alike.
         outer: second level of a nested scale; by default that of the tiles' unshrunk range.
         config: by default IST-DASLab's grid.
 
@@ -71,6 +73,7 @@ def search_parameters(
     def error(factor: Array) -> Array:
         found = parameters_of_range(_shrunk(span, factor), plain, outer=outer)
         lost = _power(jnp.abs(_rounded(tiles, found, plain) - tiles), config.exponent)
+        lost = lost if importance is None else lost * importance
         return jnp.sum(jnp.sum(lost, axis=-1), axis=-2)
 
     def one(index: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -6,7 +6,9 @@ Columns with the largest H_ii come first (act-order). A group's scales come from
 stay neighbours on disk (`static`); or from its columns as compensated so far, when its first column is reached: in the
 original order (`none`), or with groups formed in that of H_ii (`dynamic`).
 
-Reference: Frantar et al., 2210.17323, and SPEC 4. Departures: U comes from one factorization and one triangular inverse
+Reference: Frantar et al., 2210.17323, and SPEC 4. Departures: by default a group's range is the one that costs the
+output least, errors weighted by H_jj (SmolLM2, int4 g64: perplexity 41.1, against 44.3 with the original's search
+of |e|^2.4 and 47.8 without); U comes from one factorization and one triangular inverse
 (of H in reversed order) instead of three; the last group may be shorter.
 """
 
@@ -27,7 +29,7 @@ from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int as IntElement
 from jquant.core.qtensor import QTensor, choose_parameters
-from jquant.core.range_search import scheme_of_search, search_parameters
+from jquant.core.range_search import RangeSearch, scheme_of_search, search_parameters
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
 from jquant.ptq.inverse_cholesky import inverse_cholesky
@@ -46,7 +48,9 @@ class GPTQConfig:
     # Columns of large H_ii first: with groups of neighbours and their scales from the original weights, or with groups
     # formed in that order, which the packed weight then has to say.
     act_order: Literal["none", "static", "dynamic"] = "static"
-    range: Literal["minmax", "mse"] = "mse"  # of groups: all of it, or what loses least (core/range_search.py)
+    # Of groups: all of it, or what loses least (core/range_search.py): of the weights, Σ|e|^2.4, or of the output, as
+    # far as columns make it alone, Σ H_jj·e_j².
+    range: Literal["minmax", "mse", "output"] = "output"
     block: int = 128  # columns after which the rest of W is compensated in one product
 
     def __post_init__(self) -> None:
@@ -61,6 +65,7 @@ class Factor(NamedTuple):
 
     upper: Float[Array, "*batch in in"]  # U, columns in the order of `order`
     order: Int[Array, "*batch in"]
+    diagonal: Float[Array, "*batch in"]  # of H, by original column
     dead: Bool[Array, "*batch in"]  # inputs that were always 0, by original column
     damping: Float[Array, "*batch"]  # λ that was added, as a multiple of the mean diagonal
     fallback: Bool[Array, "*batch"]  # no damping gave a factor: U is the identity, and rounding is to nearest
@@ -125,7 +130,8 @@ def _factorize(matrix: Array, config: GPTQConfig) -> Factor:
 
     tries, upper = jax.lax.while_loop(failed, again, (jnp.int32(0), jnp.full_like(turned, jnp.nan)))
     fallback, damping = ~jnp.all(jnp.isfinite(upper)), damping_of(tries)
-    return Factor(jnp.where(fallback, identity, upper), order, dead, damping, fallback)
+    upper = jnp.where(fallback, identity, upper)
+    return Factor(upper, order, diagonal, dead, damping, fallback)
 
 
 class _Parameters(NamedTuple):
@@ -149,6 +155,7 @@ class _Problem(NamedTuple):
     upper: Array
     place: Array  # the group of each column
     outer: Array | None  # second level of nested scales
+    importance: Array  # [columns in order] H_jj, by which ranges are searched
 
 
 @partial(jax.jit, static_argnames=("scheme", "config"))
@@ -165,6 +172,7 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig) -> Solu
         upper=jnp.pad(factor.upper, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1)),
         place=(order if config.act_order == "static" else jnp.arange(width)) // group,
         outer=outer_scale(scheme.scale, weight, scheme.element),
+        importance=jnp.pad(factor.diagonal, (0, width - columns))[order],
     )
     tile_rows = scheme.granularity.tile(rows, columns)[0]
     ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
@@ -175,7 +183,8 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig) -> Solu
     )
     if config.act_order == "static":
         whole = jnp.pad(weight, ((0, 0), (0, -columns % group)))
-        state = state._replace(parameters=_choose(whole.T, scheme, group, config, problem.outer))
+        importance = jnp.pad(factor.diagonal, (0, -columns % group))
+        state = state._replace(parameters=_choose(whole.T, importance, scheme, group, config, problem.outer))
     state = _round_columns(problem, state, problem.weight, 0, levels, scheme, group, config)
     codes = jnp.zeros_like(state.codes).at[order].set(state.codes).T[:, :columns]
     groups = None
@@ -296,7 +305,8 @@ def _open_group(
     problem: _Problem, state: _State, columns: Array, index: Array, scheme: Scheme, config: GPTQConfig
 ) -> _State:
     """Chooses the parameters of the group that `columns`, compensated by now, make up."""
-    found = _choose(columns, scheme, len(columns), config, problem.outer)
+    importance = jax.lax.dynamic_slice_in_dim(problem.importance, index * len(columns), len(columns))
+    found = _choose(columns, importance, scheme, len(columns), config, problem.outer)
     parameters = (
         jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0)
         for whole, part in zip(state.parameters, found, strict=True)
@@ -304,13 +314,19 @@ def _open_group(
     return state._replace(parameters=_Parameters(*parameters))
 
 
-def _choose(columns: Array, scheme: Scheme, group: int, config: GPTQConfig, outer: Array | None) -> _Parameters:
+def _choose(
+    columns: Array, importance: Array, scheme: Scheme, group: int, config: GPTQConfig, outer: Array | None
+) -> _Parameters:
     """Of whole groups of columns [groups · group, out]."""
     rows = columns.shape[1]
     tile_rows = scheme.granularity.tile(rows, group)[0]
     tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
-    choose = search_parameters if config.range == "mse" else choose_parameters
-    found = choose(tiles, scheme_of_search(scheme), outer=outer)
+    if config.range == "minmax":
+        found = choose_parameters(tiles, scheme_of_search(scheme), outer=outer)
+    else:
+        weights = importance.reshape(1, 1, -1, group) if config.range == "output" else None
+        search = RangeSearch(exponent=2.0) if config.range == "output" else RangeSearch()
+        found = search_parameters(tiles, scheme_of_search(scheme), outer=outer, importance=weights, config=search)
     zero = jnp.zeros_like(found.scale) if found.zero_point is None else found.zero_point
     return _Parameters(found.target.T, found.scale.T, zero.T)
 

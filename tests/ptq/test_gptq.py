@@ -139,10 +139,11 @@ def test_searched_ranges_and_orders_help() -> None:
     error = {
         (order, span): _error(np.asarray(dequantize(_solve_3_bits(GPTQConfig(act_order=order, range=span)))))
         for order in ("none", "static", "dynamic")
-        for span in ("minmax", "mse")
+        for span in ("minmax", "mse", "output")
     }
     for order in ("none", "static", "dynamic"):
         assert error[order, "mse"] < error[order, "minmax"]
+        assert error[order, "output"] < error[order, "minmax"]
     assert error["static", "mse"] < error["none", "mse"]
     assert error["dynamic", "mse"] < error["none", "mse"]
 
@@ -161,7 +162,25 @@ def test_without_correlations_it_is_rounding(spec: str) -> None:
 @pytest.mark.parametrize("spec", ["int4:g32", "int2:g50:asym", "nf4:g64:dq", "nvfp4", "int4:b10x32"])
 def test_without_correlations_searched_ranges_are_those_of_rtn(spec: str) -> None:
     expected = rtn.solve(jnp.asarray(W), None, scheme(spec), config=rtn.RTNConfig(range="mse")).qtensor
-    _assert_same(gptq.solve(jnp.asarray(W), WHITE, scheme(spec)).qtensor, expected)
+    _assert_same(gptq.solve(jnp.asarray(W), WHITE, scheme(spec), config=GPTQConfig(range="mse")).qtensor, expected)
+
+
+def test_output_ranges_minimise_the_error_that_columns_make_alone() -> None:
+    """Σ H_jj·e_j² of each group, with H diagonal and uneven: no factor of the grid does better."""
+    weights = jnp.asarray(np.exp(np.random.default_rng(3).standard_normal(COLUMNS)), jnp.float32)
+    spec = scheme("int3:g32")
+    uneven = gram.Gram(jnp.diag(weights), jnp.float32(1))
+    # An uneven diagonal changes the order; without correlations the order changes nothing.
+    q = gptq.solve(jnp.asarray(W), uneven, spec, config=GPTQConfig(act_order="none")).qtensor
+
+    def group_errors(values: np.ndarray) -> np.ndarray:
+        return (np.asarray(weights) * (values - W) ** 2).reshape(ROWS, -1, 32).sum(axis=-1)
+
+    found = group_errors(np.asarray(dequantize(q)))
+    widest = np.abs(W).reshape(ROWS, -1, 32).max(axis=-1) / 3.5
+    for factor in (1.0, 0.9, 0.75, 0.6, 0.5):
+        other = group_errors(np.asarray(dequantize(quantize(jnp.asarray(W), spec, scale=jnp.asarray(widest * factor)))))
+        assert (found <= other * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("spec", ["int4:g32", "int2:g50:asym", "nf4:g64:dq", "nvfp4", "int4:b10x32", "int4:channel"])
