@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jquant.core.errors import InputError
-from jquant.core.metrics import ErrorSums, error_sums, summarize
-from jquant.core.qtensor import dequantize, quantize, stored_bytes
-from jquant.core.scheme import Group, Scheme
+from jquant.core.metrics import summarize
+from jquant.core.qtensor import stored_bytes
+from jquant.core.scheme import Group
 from jquant.data.blocks import Windows
 from jquant.evaluation.result import Perplexity
 from jquant.evaluation.scoring import Reference, evaluate
 from jquant.models.decoder import Decoder
 from jquant.models.save import model_bytes
 from jquant.nn.linear import ExpertLinear, Linear
-from jquant.nn.surgery import module_at
+from jquant.ptq.source import share
+from jquant.sweep.grid import Point
+from jquant.sweep.quantize import quantize_in_place
 from jquant.sweep.results import Cell
+from jquant.sweep.statistics import Statistics
 
-METHOD = "rtn"
 FLOAT = "float"
 
 
@@ -44,11 +43,19 @@ class Subject:
     reference: Reference
 
 
-def measure(subject: Subject, scheme: Scheme, cell_id: str, *, progress: Callable[[int], None] | None = None) -> Cell:
-    """Runs one cell by rounding to nearest."""
+def measure(
+    subject: Subject,
+    point: Point,
+    cell_id: str,
+    *,
+    statistics: Statistics | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Cell:
+    """Runs one cell; `statistics` is for methods that learn from data."""
     started = time.perf_counter()
-    model = _share(subject.model)
-    sums = _round_in_place([cast(Linear | ExpertLinear, module_at(model, path)) for path in subject.layers], scheme)
+    scheme = point.scheme
+    model = cast(Decoder, share(subject.model))
+    sums = quantize_in_place(model, list(subject.layers), point, statistics)
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     quantized = time.perf_counter()
     found = evaluate(
@@ -65,7 +72,7 @@ def measure(subject: Subject, scheme: Scheme, cell_id: str, *, progress: Callabl
     return Cell(
         id=cell_id,
         scheme=str(scheme),
-        method=METHOD,
+        method=point.method,
         element=scheme.element.name,
         granularity=type(scheme.granularity).__name__.lower(),
         group_size=scheme.granularity.size if isinstance(scheme.granularity, Group) else None,
@@ -116,37 +123,3 @@ def reference_cell(subject: Subject, perplexity: Perplexity, cell_id: str, secon
         seconds_quantize=0.0,
         seconds_evaluate=seconds,
     )
-
-
-def check_fits(layers: dict[str, Linear | ExpertLinear], schemes: Sequence[Scheme]) -> None:
-    """Raises InputError naming scheme and layer where a scheme does not fit; nothing is computed."""
-    shapes = {layer.weight.get_value().shape: path for path, layer in reversed(layers.items())}
-    for scheme in schemes:
-        for shape, path in shapes.items():
-            try:
-                scheme.tile(*shape[-2:])
-            except InputError as error:
-                raise InputError(f"scheme {scheme} on layer {path}: {error}") from error
-
-
-def _round_in_place(layers: Sequence[Linear | ExpertLinear], scheme: Scheme) -> list[ErrorSums]:
-    """Replaces each weight by its quantized value: one compilation a scheme and shape."""
-    sums = []
-    for layer in layers:
-        value, each = _round_trip(layer.weight.get_value(), scheme)
-        layer.weight.set_value(value)
-        sums.append(each)
-    return [ErrorSums(*each) for each in jax.device_get(sums)]
-
-
-@partial(jax.jit, static_argnames="scheme")
-def _round_trip(weight: jax.Array, scheme: Scheme) -> tuple[jax.Array, ErrorSums]:
-    value = dequantize(quantize(weight, scheme), jnp.float32)
-    return value.astype(weight.dtype), error_sums(weight, value)
-
-
-def _share(model: Decoder) -> Decoder:
-    """A second model over the same arrays, whose weights can be replaced without touching the first."""
-    graphdef, state = nnx.split(model)
-    # `merge` would put the first model's own Variables into the second; the map makes new ones around the same arrays.
-    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))

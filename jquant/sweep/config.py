@@ -14,7 +14,7 @@ from jquant.core.options import Names, Sizes
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Measures a grid of quantization schemes on one model: weight error, size, perplexity, KL, top-1 agreement."""
+    """Measures a grid of quantization schemes and methods on one model: weight error, size, perplexity, KL, top-1."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """`demo`, the path of a GGUF file or a Hugging Face folder, or a hub id."""
@@ -24,6 +24,14 @@ class SweepConfig:
     """Folder of results; a folder of the same sweep is completed, not overwritten."""
     groups: Sizes = ()
     """Group sizes to combine with every scheme; without them schemes stand as written."""
+    methods: Names = ("rtn",)
+    """How codes are chosen: rtn, rtn-mse, gptq, hqq, and after AWQ's scaling awq, awq+gptq; each for every scheme."""
+    calibration: str = "pydoc:calibration"
+    """Text that gptq and awq learn from, a source as for --text; it must not share passages with it. Statistics are of
+    the float model, taken once for all cells; jquant quantize lets each layer see the quantized ones before it, which
+    gives somewhat different numbers."""
+    calibration_windows: int = 32
+    """How many windows of it, as long as those of the text."""
     text: str = "pydoc"
     """A file, a folder or the name of a text; `pydoc` comes with Python."""
     window: int = 512
@@ -44,6 +52,10 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.schemes:
             raise InputError("schemes: none given; name at least one, as in --schemes int4:g64,nf4:g64")
+        if not self.methods:
+            raise InputError("methods: none given; name at least one, as in --methods rtn,gptq")
+        if self.calibration_windows < 1:
+            raise InputError(f"calibration-windows {self.calibration_windows}: it must be at least 1")
         if self.batch is not None and self.batch < 1:
             raise InputError(f"batch {self.batch}: it must be at least 1 window")
         for size in self.groups:

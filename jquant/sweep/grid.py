@@ -1,21 +1,80 @@
-"""The cells of a sweep, in order: each scheme, or each scheme with each group size."""
+"""The cells of a sweep, in order: each scheme, or each scheme with each group size, by each method."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import Scheme, scheme, with_group
+from jquant.ptq.block import rule_needs_data
+from jquant.ptq.methods import SOLVERS
+from jquant.ptq.recipe import Rule, one_rule
+from jquant.ptq.transforms import TRANSFORMS, configured
+
+ROUNDING = "rtn"  # the method that says nothing further about a cell
+_SHARED_TRANSFORMS = ("awq",)  # those that a sweep can run from shared statistics
 
 
-def grid(schemes: Sequence[str], groups: Sequence[int] = ()) -> tuple[Scheme, ...]:
-    """Parsed schemes, every one combined with every group size where sizes are given; repeats dropped.
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One scheme by one method."""
+
+    scheme: Scheme
+    method: str  # transforms, then the solver unless it rounds to nearest: "gptq", "awq", "awq+gptq"
+
+    @cached_property
+    def rule(self) -> Rule:
+        """What happens to every layer of the sweep."""
+        return one_rule(self.method, str(self.scheme)).rules[0]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method learns from calibration data."""
+        return rule_needs_data(self.rule)
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The settings of all steps, defaults included: what decides the numbers beside scheme and data."""
+        steps = [(TRANSFORMS, step) for step in self.rule.transforms] + [(SOLVERS, self.rule.method)]
+        return {
+            step.name: dataclasses.asdict(configured(registry, step.name, step.options)) for registry, step in steps
+        }
+
+    def __str__(self) -> str:
+        return str(self.scheme) if self.method == ROUNDING else f"{self.scheme} {self.method}"
+
+
+def grid(schemes: Sequence[str], groups: Sequence[int] = (), methods: Sequence[str] = (ROUNDING,)) -> tuple[Point, ...]:
+    """Parsed schemes, every one combined with every group size where sizes are given, then by every method.
+
+    Methods of one scheme stand together; repeats are dropped.
 
     Raises:
-        InputError: a spec is malformed.
+        InputError: a spec is malformed, or a method is unknown or not for sweeps.
     """
     parsed = [scheme(spec) for spec in schemes]
     combined = [with_group(spec, size) for spec in parsed for size in groups] if groups else parsed
     if not combined:
         raise InputError("the grid is empty: give at least one scheme")
-    return tuple(dict.fromkeys(combined))
+    names = [_canonical(method) for method in methods]
+    return tuple(dict.fromkeys(Point(spec, name) for spec in combined for name in names))
+
+
+def _canonical(method: str) -> str:
+    """The method as cells name it: `awq+rtn` is `awq`."""
+    try:
+        rule = one_rule(method, "int8:channel").rules[0]
+    except InputError as error:
+        raise InputError(f"methods: {method!r}: {error}") from error
+    transforms = [step.name for step in rule.transforms]
+    for name in transforms:
+        if name not in _SHARED_TRANSFORMS:
+            raise InputError(
+                f"methods: {method!r}: sweeps quantize weights alone, and {name} is for quantized activations too; "
+                "use jquant quantize for it"
+            )
+    if transforms and rule.method.name == ROUNDING:
+        return "+".join(transforms)
+    return "+".join([*transforms, rule.method.name])

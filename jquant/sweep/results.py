@@ -1,4 +1,4 @@
-"""What a sweep leaves behind, as values: one `Cell` a measured scheme, one `Sweep` for the folder."""
+"""What a sweep leaves behind, as values: one `Cell` a measured scheme and method, one `Sweep` for the folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Cell:
 
     id: str  # hash of what defines the cell; the file's name
     scheme: str  # canonical spec string, e.g. "int4:g128"; "float" is the reference
-    method: str  # "rtn"; "none" for the reference
+    method: str  # "rtn", "gptq", "awq+gptq", ...; "none" for the reference
     element: str  # "int4", "fp4_e2m1", "nf4", ...
     granularity: str  # "tensor", "channel", "group", "block"
     group_size: int | None  # elements that share one scale along the input axis; None where it is not a group

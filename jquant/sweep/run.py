@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +14,21 @@ import jax.numpy as jnp
 
 from jquant import __version__
 from jquant.core.errors import InputError
-from jquant.core.scheme import Scheme
-from jquant.data.blocks import Windows, text_windows
+from jquant.data.blocks import TextTokenizer, Windows, check_disjoint, text_windows
 from jquant.data.text import load_text
 from jquant.evaluation.result import Protocol
 from jquant.evaluation.scoring import prepare_reference
 from jquant.models.checkpoint import Checkpoint, open_checkpoint
 from jquant.models.decoder import check_length
 from jquant.ptq.rtn import selected_layers
-from jquant.sweep.cell import FLOAT, METHOD, Subject, check_fits, measure, reference_cell
+from jquant.sweep.cell import FLOAT, Subject, measure, reference_cell
 from jquant.sweep.config import SweepConfig
-from jquant.sweep.grid import grid
+from jquant.sweep.grid import ROUNDING, Point, grid
 from jquant.sweep.plots import write_plot
+from jquant.sweep.quantize import check_fits
 from jquant.sweep.report import write_report
 from jquant.sweep.results import Cell, Sweep
+from jquant.sweep.statistics import Statistics, gather, wanted
 from jquant.sweep.store import Store, open_store
 from jquant.sweep.table import write_csv, write_json
 
@@ -38,13 +39,14 @@ Listener = Callable[["Event"], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What a listener hears: a stage began, windows were done within a cell, or a cell was finished or found."""
+    """What a listener hears: a stage began, a part of it was done, or a cell was finished or found."""
 
-    stage: str  # "load", "reference", a scheme's spec string, "outputs"
+    stage: str  # "load", "reference", "statistics", a cell's scheme and method, "outputs"
     done: int  # cells finished or found
     total: int  # cells of the grid
-    share: float = 0.0  # of the current cell
+    share: float = 0.0  # of the current stage
     cell: Cell | None = None  # the one that was just finished or found
+    seconds: float | None = None  # that statistics took, once they are gathered
 
 
 def run_sweep(config: SweepConfig, listen: Listener = lambda event: None) -> Sweep:
@@ -63,28 +65,37 @@ def run_sweep(config: SweepConfig, listen: Listener = lambda event: None) -> Swe
     Raises:
         InputError: a part of the config is wrong; this is found before anything is computed.
     """
-    schemes = grid(config.schemes, config.groups)
+    points = grid(config.schemes, config.groups, config.methods)
     if config.report:
         _check_report_extra()
     checkpoint = open_checkpoint(config.model)
-    text = load_text(config.text)
+    tokenizer = checkpoint.tokenizer()
     windows = text_windows(
-        text, checkpoint.tokenizer(), window=config.window, stride=config.stride, limit=config.windows
+        load_text(config.text), tokenizer, window=config.window, stride=config.stride, limit=config.windows
     )
     check_length(checkpoint.config, windows.window)
+    calibration = _calibration(config, tokenizer, windows) if any(point.needs_data for point in points) else None
     store = open_store(config.out, _definition(config, checkpoint, windows), _environment())
-    wanted = {FLOAT: store.cell_id(FLOAT, "none")} | {
-        str(scheme): store.cell_id(str(scheme), METHOD) for scheme in schemes
-    }
-    if any(store.read(cell_id) is None for cell_id in wanted.values()):
-        _compute_missing(config, store, checkpoint, windows, schemes, wanted, listen)
-    cells = {name: store.read(cell_id) for name, cell_id in wanted.items()}
-    reference = cells.pop(FLOAT)
-    finished = tuple(cell for cell in cells.values() if cell is not None)
+    work = _Work(
+        config=config,
+        store=store,
+        checkpoint=checkpoint,
+        windows=windows,
+        calibration=calibration,
+        points=points,
+        ids={point: store.cell_id(str(point.scheme), point.method, _given(point, calibration)) for point in points},
+        reference_id=store.cell_id(FLOAT, "none"),
+        listen=listen,
+    )
+    if any(store.read(cell_id) is None for cell_id in (work.reference_id, *work.ids.values())):
+        _compute_missing(work)
+    reference = store.read(work.reference_id)
+    cells = tuple(cell for point in points if (cell := store.read(work.ids[point])) is not None)
     assert reference is not None
-    assert len(finished) == len(schemes)
-    sweep = Sweep(manifest=store.manifest, reference=reference, cells=finished)
-    listen(Event(stage="outputs", done=len(schemes), total=len(schemes)))
+    assert len(cells) == len(points)
+    manifest = store.manifest | ({} if calibration is None else {"calibration": _as_manifest(calibration)})
+    sweep = Sweep(manifest=manifest, reference=reference, cells=cells)
+    listen(Event(stage="outputs", done=len(points), total=len(points)))
     write_outputs(sweep, config)
     return sweep
 
@@ -98,67 +109,134 @@ def write_outputs(sweep: Sweep, config: SweepConfig) -> None:
         write_report(sweep, config.out / "report.html")
 
 
-def _compute_missing(
-    config: SweepConfig,
-    store: Store,
-    checkpoint: Checkpoint,
-    windows: Windows,
-    schemes: Sequence[Scheme],
-    wanted: dict[str, str],
-    listen: Listener,
-) -> None:
-    total, done = len(schemes), 0
-    listen(Event(stage="load", done=done, total=total))
-    subject = _prepare(config, store, checkpoint, windows, schemes, wanted[FLOAT], listen)
-    left = list(schemes)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Work:
+    """What there is to do, and what it takes."""
+
+    config: SweepConfig
+    store: Store
+    checkpoint: Checkpoint
+    windows: Windows
+    calibration: Windows | None  # where a method learns from data
+    points: Sequence[Point]
+    ids: Mapping[Point, str]
+    reference_id: str
+    listen: Listener
+
+    def tell(self, stage: str, done: int, **more: Any) -> None:
+        """Tells the listener."""
+        self.listen(Event(stage=stage, done=done, total=len(self.points), **more))
+
+    def within(self, stage: str, done: int) -> Callable[[int], None]:
+        """Tells the listener how many windows of a stage are done."""
+        return lambda count: self.tell(stage, done, share=count / len(self.windows.tokens))
+
+
+def _compute_missing(work: _Work) -> None:
+    done = 0
+    work.tell("load", done)
+    subject = _prepare(work)
+    statistics: Statistics | None = None
+    left = list(work.points)
     # First what nobody else computes; then, in turn, what others held and may have left unfinished.
     for wait in (False, True):
-        for scheme in list(left):
-            name = str(scheme)
-            with store.claim(wanted[name], wait=wait) as claimed:
+        for point in list(left):
+            cell_id = work.ids[point]
+            with work.store.claim(cell_id, wait=wait) as claimed:
                 if not claimed:
                     continue
-                cell = store.read(wanted[name])
+                cell = work.store.read(cell_id)
                 if cell is None:
-                    listen(Event(stage=name, done=done, total=total))
-                    cell = measure(
-                        subject, scheme, wanted[name], progress=_within(listen, name, done, total, len(windows.tokens))
-                    )
-                    store.write(cell)
-            left.remove(scheme)
+                    if point.needs_data and statistics is None:
+                        statistics = _gather(work, subject, done)
+                    name = str(point)
+                    work.tell(name, done)
+                    known = statistics if point.needs_data else None
+                    cell = measure(subject, point, cell_id, statistics=known, progress=work.within(name, done))
+                    work.store.write(cell)
+            left.remove(point)
             done += 1
-            listen(Event(stage=name, done=done, total=total, cell=cell))
+            work.tell(str(point), done, cell=cell)
 
 
-def _prepare(
-    config: SweepConfig,
-    store: Store,
-    checkpoint: Checkpoint,
-    windows: Windows,
-    schemes: Sequence[Scheme],
-    reference_id: str,
-    listen: Listener,
-) -> Subject:
+def _prepare(work: _Work) -> Subject:
     """Loads the model and runs the reference. Its cell is written once; every process needs its states."""
-    model = checkpoint.model(dtype=jnp.dtype(config.dtype))
+    config, windows = work.config, work.windows
+    model = work.checkpoint.model(dtype=jnp.dtype(config.dtype))
     layers = selected_layers(model, config.layers)
-    check_fits(layers, schemes)
-    store.make()
-    batch = _batch(config)
-    listen(Event(stage="reference", done=0, total=len(schemes)))
+    check_fits(model, layers, work.points)
+    work.store.make()
+    work.tell("reference", 0)
     started = time.perf_counter()
     reference, perplexity = prepare_reference(
-        model, windows, batch=batch, progress=_within(listen, "reference", 0, len(schemes), len(windows.tokens))
+        model, windows, batch=_batch(config), progress=work.within("reference", 0)
     )
     subject = Subject(model=model, layers=layers, windows=windows, reference=reference)
-    with store.claim(reference_id, wait=True):
-        if store.read(reference_id) is None:
-            store.write(reference_cell(subject, perplexity, reference_id, time.perf_counter() - started))
+    with work.store.claim(work.reference_id, wait=True):
+        if work.store.read(work.reference_id) is None:
+            seconds = time.perf_counter() - started
+            work.store.write(reference_cell(subject, perplexity, work.reference_id, seconds))
     return subject
 
 
-def _within(listen: Listener, stage: str, done: int, total: int, windows: int) -> Callable[[int], None]:
-    return lambda count: listen(Event(stage=stage, done=done, total=total, share=count / windows))
+def _gather(work: _Work, subject: Subject, done: int) -> Statistics:
+    """What all cells of the grid that learn from data need."""
+    work.tell("statistics", done)
+    needs = wanted(work.points)
+    assert needs is not None
+    assert work.calibration is not None
+    statistics = gather(
+        subject.model,
+        list(subject.layers),
+        work.calibration.tokens,
+        batch=_batch(work.config),
+        wanted=needs,
+        progress=lambda share: work.tell("statistics", done, share=share),
+    )
+    work.tell("statistics", done, share=1.0, seconds=statistics.seconds)
+    return statistics
+
+
+def _calibration(config: SweepConfig, tokenizer: TextTokenizer, windows: Windows) -> Windows:
+    """The windows that methods learn from. Raises InputError where there are too few, or evaluation holds a part."""
+    count = config.calibration_windows
+    found = text_windows(load_text(config.calibration), tokenizer, window=config.window, limit=count)
+    if len(found.tokens) < count:
+        raise InputError(
+            f"calibration text {config.calibration!r} has {found.total_tokens} tokens, {count} windows of "
+            f"{config.window} need {count * config.window}: give a longer text, or "
+            f"--calibration-windows {len(found.tokens)}"
+        )
+    check_disjoint(found, windows)
+    return found
+
+
+def _given(point: Point, calibration: Windows | None) -> dict[str, Any]:
+    """What decides a cell's numbers beyond the sweep's definition: nothing for rounding, which has no settings."""
+    if point.method == ROUNDING:
+        return {}
+    given: dict[str, Any] = {"configs": point.configs()}
+    if point.needs_data:
+        assert calibration is not None
+        given["calibration"] = {
+            "text_sha256": calibration.text_sha256,
+            "ids_sha256": calibration.sha256,
+            "window": calibration.window,
+            "windows": len(calibration.tokens),
+        }
+    return given
+
+
+def _as_manifest(calibration: Windows) -> dict[str, Any]:
+    """Of the whole run; a cell's id holds it too."""
+    return {
+        "name": calibration.text_name,
+        "sha256": calibration.text_sha256,
+        "ids_sha256": calibration.sha256,
+        "window": calibration.window,
+        "windows": len(calibration.tokens),
+        "statistics": "of the float model, one pass for all cells (jquant quantize: of the model as quantized so far)",
+    }
 
 
 def _definition(config: SweepConfig, checkpoint: Checkpoint, windows: Windows) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from jquant.sweep.results import Sweep
 from jquant.sweep.run import Event
 from jquant.sweep.table import sweep_table
 
+_BEFORE_CELLS = ("load", "reference", "statistics")
+
 
 class Progress:
     """Cells done, time left, and the last result; on standard error, so that the table can be piped."""
@@ -41,12 +43,13 @@ class Progress:
         if self._task is None:
             self._bar.start()
             self._task = self._bar.add_task("", total=event.total)
-        done = event.done + (event.share if event.cell is None and event.stage not in ("load", "reference") else 0)
+        done = event.done + (event.share if event.cell is None and event.stage not in _BEFORE_CELLS else 0)
         self._bar.update(self._task, completed=done, description=event.stage)
         if event.cell is not None:
             cell = event.cell
             self._bar.console.print(
-                f"{cell.scheme:<28} {cell.bits_per_weight:6.3f} bits   perplexity {cell.perplexity:9.3f}   "
+                f"{cell.scheme:<28} {cell.method:<9} {cell.bits_per_weight:6.3f} bits   "
+                f"perplexity {cell.perplexity:9.3f}   "
                 f"KL {cell.kl:8.5f}   top-1 {100 * cell.top1:6.2f} %   "
                 f"{cell.seconds_quantize + cell.seconds_evaluate:5.1f} s",
                 highlight=False,

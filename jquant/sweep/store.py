@@ -1,7 +1,8 @@
 """The folder of a sweep: what defines it, and one JSON file a finished cell.
 
     sweep.json          the definition (model, text, protocol, layers, numerics) and where it ran
-    cells/ID.json       a cell, written by atomic rename; ID is the hash of definition and scheme
+    cells/ID.json       a cell, written by atomic rename; ID is the hash of definition, scheme, method, and for methods
+                        beyond rounding their settings and the calibration data they learn from
     cells/ID.lock       held by the process that is computing the cell; the system lets go of it when that one dies
 
 Nothing else is state: a run reads what is there and computes what is missing. Tables, plots and the report are derived.
@@ -56,9 +57,9 @@ class Store:
                 with replacing(self.path / MANIFEST) as file:
                     file.write(f"{text}\n".encode())
 
-    def cell_id(self, scheme: str, method: str) -> str:
-        """Hash of everything that decides the cell's numbers."""
-        record = {"definition": self.definition, "scheme": scheme, "method": method}
+    def cell_id(self, scheme: str, method: str, given: Mapping[str, Any] | None = None) -> str:
+        """Hash of everything that decides the cell's numbers; `given` is what this method has beyond the definition."""
+        record = {"definition": self.definition, "scheme": scheme, "method": method, **(given or {})}
         return hashlib.sha256(_canonical(record)).hexdigest()[:24]
 
     def read(self, cell_id: str) -> Cell | None:

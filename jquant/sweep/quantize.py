@@ -1,0 +1,218 @@
+"""Quantizes a model in place by one method, from statistics that other cells use too; layers keep decoded values.
+
+Every layer is solved with what is known of its input in the float model. AWQ first rescales the channels of each block
+for the scheme at hand, on the model given, which is the cell's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jquant.core.errors import InputError
+from jquant.core.metrics import ErrorSums, error_sums
+from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.scheme import Scheme
+from jquant.models.decoder import Decoder
+from jquant.nn.protocol import Equivalence
+from jquant.nn.surgery import Path, module_at
+from jquant.ptq import awq, gptq
+from jquant.ptq.block import solve
+from jquant.ptq.fold import fold, fold_gram, weight_at
+from jquant.ptq.gptq import Factor
+from jquant.ptq.methods import SOLVERS
+from jquant.ptq.pipeline import check_rules
+from jquant.ptq.recipe import Step
+from jquant.ptq.solver import Solution
+from jquant.ptq.transforms import TRANSFORMS, configured
+from jquant.sweep.grid import ROUNDING, Point
+from jquant.sweep.statistics import Known, Statistics, factorize
+
+
+def quantize_in_place(
+    model: Decoder, paths: Sequence[Path], point: Point, statistics: Statistics | None
+) -> list[ErrorSums]:
+    """Replaces the weights at `paths` by their decoded selves.
+
+    Args:
+        model: float; its arrays may be shared, its variables may not.
+        paths: of the layers.
+        point: scheme and method.
+        statistics: of all these layers; None where the method learns from no data.
+
+    Returns:
+        What each weight lost, in the order of `paths`: where AWQ has scaled it, with the scales undone, as the model
+        applies it.
+    """
+    if point.method == ROUNDING:
+        return _round_in_place([module_at(model, path) for path in paths], point.scheme)
+    sums: dict[Path, ErrorSums] = {}
+    for prefix, inside in _by_part(paths).items():
+        sums |= _quantize_part(model, prefix, inside, point, statistics)
+    return [ErrorSums(*each) for each in jax.device_get([sums[path] for path in paths])]
+
+
+def check_fits(model: Decoder, layers: Mapping[Path, Any], points: Sequence[Point]) -> None:
+    """Raises InputError naming scheme, method and layer where one does not fit; nothing is computed."""
+    shapes = {path: tuple(layer.weight.get_value().shape) for path, layer in layers.items()}
+    first = {shape: path for path, shape in reversed(shapes.items())}
+    for point in points:
+        for shape, path in first.items():
+            try:
+                point.scheme.tile(*shape[-2:])
+            except InputError as error:
+                raise InputError(f"scheme {point.scheme} on layer {path}: {error}") from error
+        if point.method == ROUNDING:
+            continue
+        try:
+            check_rules(dict.fromkeys(shapes, point.rule), shapes, has_data=True)
+            for prefix, inside in _by_part(list(shapes)).items() if point.rule.transforms else ():
+                _places(model, prefix, inside, point.rule.transforms[0])
+        except InputError as error:
+            raise InputError(f"scheme {point.scheme} by method {point.method}: {error}") from error
+
+
+def _by_part(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """Paths within each block and the head, by prefix."""
+    parts: dict[str, list[Path]] = {}
+    for path in paths:
+        names = path.split(".")
+        depth = 2 if names[0] == "blocks" else 1
+        parts.setdefault(".".join(names[:depth]) + ".", []).append(".".join(names[depth:]))
+    return parts
+
+
+def _places(model: Decoder, prefix: str, inside: Sequence[Path], step: Step) -> list[Equivalence]:
+    """Where scales may be folded: all layers that read the output are among those of the sweep."""
+    there = model.equivalences() if prefix.startswith("blocks.") else ()
+    fitting = [place for place in there if all(path in inside for path in place.consumers)]
+    if not fitting:
+        raise InputError(
+            f"{step.name} on {prefix}{inside[0]}: no norm or layer before it can take the scales up; "
+            "let --layers name all layers that read the same input"
+        )
+    return fitting
+
+
+def _quantize_part(
+    model: Decoder, prefix: str, inside: Sequence[Path], point: Point, statistics: Statistics | None
+) -> dict[Path, ErrorSums]:
+    """One block, or the head."""
+    part = module_at(model, prefix[:-1])
+    floats = {path: weight_at(part, path) for path in inside}
+    known = {} if statistics is None else {path: statistics.inputs[prefix + path] for path in inside}
+    scales: Mapping[Path, jax.Array] = {}
+    for step in point.rule.transforms:
+        assert statistics is not None
+        calls = {
+            path.removeprefix(prefix): found for path, found in statistics.calls.items() if path.startswith(prefix)
+        }
+        places = _places(model, prefix, inside, step)
+        known, scales = _rewrite_by_awq(part, places, point.scheme, known, calls, step)
+    factors: dict[int, Factor] = {}  # of Gram matrices that were folded for this cell
+    sums = {}
+    for path in inside:
+        layer: Any = module_at(part, path)
+        try:
+            q = _solve(weight_at(part, path), point, known.get(path), factors).qtensor
+        except InputError as error:
+            raise InputError(f"layer {prefix}{path}: {error}") from error
+        value, sums[prefix + path] = _decode(floats[path], q, scales.get(path))
+        layer.weight.set_value(value)
+    return sums
+
+
+def _rewrite_by_awq(
+    block: nnx.Module,
+    places: Sequence[Equivalence],
+    scheme: Scheme,
+    known: Mapping[Path, Known],
+    calls: Mapping[Path, Any],
+    step: Step,
+) -> tuple[dict[Path, Known], dict[Path, jax.Array]]:
+    """Scales and clips one block as `ptq.transforms` does, for one scheme.
+
+    Returns:
+        What is known of inputs now, without factors; and by what each weight was multiplied, broadcast over it.
+    """
+    config = configured(TRANSFORMS, step.name, step.options)
+    schemes = dict.fromkeys(known, scheme)
+    now = {path: each._replace(factor=None) for path, each in known.items()}
+    scales: dict[Path, jax.Array] = {}
+    for place in places:
+        first = known[place.consumers[0]]
+        inside = place.parent in place.consumers
+        found = awq.search(
+            block,
+            place,
+            jnp.asarray(first.absmean),
+            schemes,
+            inputs=calls.get(place.parent, ()),
+            gram=first.gram if inside else None,
+            config=config,
+        ).scales
+        fold(block, place, found)
+        assert first.gram is not None
+        folded = now[place.consumers[0]]._replace(gram=_fold_gram(first.gram, found))
+        for path in place.consumers:
+            now[path] = folded
+            scales[path] = jnp.multiply(scales.get(path, 1.0), found[..., None, :])
+        if place.producer in known:
+            scales[place.producer] = jnp.divide(scales.get(place.producer, 1.0), found[..., None])
+    for path in known if config.clip else ():
+        if not path.endswith(awq.UNCLIPPED):
+            gram = now[path].gram
+            assert gram is not None
+            layer: Any = module_at(block, path)
+            layer.weight.set_value(awq.clip_search(weight_at(block, path), gram, scheme, config=config).weight)
+    return now, scales
+
+
+def _solve(weight: jax.Array, point: Point, known: Known | None, factors: dict[int, Factor]) -> Solution:
+    rule = point.rule
+    if rule.method.name != "gptq":
+        gram = known.gram if known is not None and SOLVERS[rule.method.name].needs_gram else None
+        return solve(weight, gram, point.scheme, rule)
+    assert known is not None
+    config = configured(SOLVERS, "gptq", rule.method.options)
+    factor = known.factor
+    if factor is None:
+        gram = known.gram
+        assert gram is not None
+        if id(gram) not in factors:
+            factors[id(gram)] = factorize(gram, config)
+        factor = factors[id(gram)]
+    if weight.ndim == 2:
+        return gptq.solve_with(weight, factor, point.scheme, config=config)
+    return jax.vmap(partial(gptq.solve_with, scheme=point.scheme, config=config))(weight, factor)
+
+
+_fold_gram = jax.jit(fold_gram)
+
+
+@jax.jit
+def _decode(weight: jax.Array, q: QTensor, scales: jax.Array | None) -> tuple[jax.Array, ErrorSums]:
+    """What the layer computes with, and its error against the float weight."""
+    value = dequantize(q, jnp.float32)
+    return value.astype(weight.dtype), error_sums(weight, value if scales is None else value / scales)
+
+
+def _round_in_place(layers: Sequence[Any], scheme: Scheme) -> list[ErrorSums]:
+    """Replaces each weight by its quantized value: one compilation a scheme and shape."""
+    sums = []
+    for layer in layers:
+        value, each = _round_trip(layer.weight.get_value(), scheme)
+        layer.weight.set_value(value)
+        sums.append(each)
+    return [ErrorSums(*each) for each in jax.device_get(sums)]
+
+
+@partial(jax.jit, static_argnames="scheme")
+def _round_trip(weight: jax.Array, scheme: Scheme) -> tuple[jax.Array, ErrorSums]:
+    value = dequantize(quantize(weight, scheme), jnp.float32)
+    return value.astype(weight.dtype), error_sums(weight, value)
