@@ -15,7 +15,7 @@ import numpy as np
 from jquant import __version__
 from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
-from jquant.io.json_file import as_text
+from jquant.io.json_file import as_text, read_json
 from jquant.io.native import check_new_folder
 from jquant.models.checkpoint import Checkpoint
 from jquant.models.decoder import check_length
@@ -73,6 +73,9 @@ def quantize_checkpoint(
         batches = in_batches(calibration.tokens, batch)
     definition = _definition(checkpoint, recipe, calibration, batch, dtype)
     with open_workdir(out.parent / f".{out.name}.unfinished", definition) as workdir:
+        if workdir.is_complete:  # an earlier run was stopped on its last step
+            workdir.publish(out)
+            return Coverage.from_json(read_json(out / "coverage.json"))
         expected = estimate(rules, shapes, tokens=0 if calibration is None else calibration.tokens.size)
         on_estimate(expected)
         expected.check(on_disk=spill)
@@ -90,14 +93,14 @@ def quantize_checkpoint(
             "jquant": __version__,
             "jax": jax.__version__,
         }
-        workdir.publish(
-            out,
+        workdir.complete(
             describe(checkpoint.config, note=checkpoint.note, provenance=provenance, activations=workdir.activations()),
             extra_files={
                 **tokenizer_files(checkpoint.tokenizer()),
                 "coverage.json": as_text(coverage.as_json()).encode(),
             },
         )
+        workdir.publish(out)
     return coverage
 
 

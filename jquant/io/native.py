@@ -25,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,8 @@ def complete(
     files = dict(_sizes(folder / ARRAYS))
     whole = {**description, "format": FORMAT, "version": VERSION, "tensors": dict(table), "files": files}
     text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-    for name, content in {DESCRIPTION: text.encode(), **(extra_files or {})}.items():
+    # The description comes last: where it is, all is there.
+    for name, content in {**(extra_files or {}), DESCRIPTION: text.encode()}.items():
         with replacing(folder / name) as file:
             file.write(content)
 
@@ -333,12 +334,14 @@ def _describe(tensor: np.ndarray | jax.Array | QTensor) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
     if isinstance(tensor, QTensor):
         entry["scheme"] = str(tensor.scheme)
+        if tensor.groups is not None:
+            entry["groups"] = True
     return entry | {"sha256": _hash(tensor, entry)}
 
 
 def _hash(tensor: np.ndarray | jax.Array | QTensor, entry: Mapping[str, Any]) -> str:
     """SHA-256 of what the entry says, then the bytes of each array as memory has them, in the order of the tensor."""
-    said = {key: entry[key] for key in ("shape", "dtype", "scheme") if key in entry}
+    said = {key: entry[key] for key in ("shape", "dtype", "scheme", "groups") if key in entry}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for array in _parts(tensor).values():
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -353,13 +356,16 @@ def _parts(tensor: Any) -> dict[str, Any]:
 
 def _template(entry: Mapping[str, Any]) -> Any:
     """The tensor that a table entry describes, with the shapes and dtypes of its arrays in the place of them."""
-    return _abstract(entry.get("scheme"), tuple(entry["shape"]), entry["dtype"])
+    return _abstract(entry.get("scheme"), tuple(entry["shape"]), entry["dtype"], entry.get("groups") is True)
 
 
 @lru_cache(maxsize=1024)
-def _abstract(spec: str | None, shape: tuple[int, ...], dtype: str) -> Any:
+def _abstract(spec: str | None, shape: tuple[int, ...], dtype: str, grouped: bool) -> Any:
     array = jax.ShapeDtypeStruct(shape, np.dtype(dtype))
-    return array if spec is None else jax.eval_shape(partial(quantize, scheme=scheme(spec)), array)
+    if spec is None:
+        return array
+    groups = jax.ShapeDtypeStruct((*shape[:-2], shape[-1]), np.dtype(np.int32)) if grouped else None
+    return jax.eval_shape(lambda x, columns: quantize(x, scheme(spec), groups=columns), array, groups)
 
 
 def _sizes(folder: Path) -> list[tuple[str, int]]:

@@ -27,7 +27,7 @@ class QuantizedConv(nnx.Module):
         self.input_dilation = _per_axis(layer.input_dilation, len(self.kernel_shape) - 2)
         self.kernel_dilation = _per_axis(layer.kernel_dilation, len(self.kernel_shape) - 2)
 
-    def __call__(self, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *space out"]:
+    def __call__(self, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *places out"]:
         *space, channels, out = self.kernel_shape
         kernel = dequantize(self.weight.get_value(), x.dtype).reshape(out, channels, *space)
         y = jax.lax.conv_general_dilated(
@@ -46,7 +46,7 @@ class QuantizedConv(nnx.Module):
         return y.astype(x.dtype)
 
 
-def patches(layer: nnx.Conv, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *space in"]:
+def patches(layer: nnx.Conv, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *places in"]:
     """The values under the kernel at each of its places, in the order (channel, height, width, …)."""
     space = tuple(layer.kernel.get_value().shape[:-2])
     return jax.lax.conv_general_dilated_patches(

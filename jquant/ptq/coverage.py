@@ -57,8 +57,11 @@ class TransformReport:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> TransformReport:
-        """The inverse of `as_json`."""
-        return cls(**{**record, "consumers": tuple(record["consumers"])})
+        """The inverse of `as_json`, and of strict JSON, which has null for NaN."""
+        numbers = {
+            name: float("nan") if record[name] is None else record[name] for name in ("choice", "before", "after")
+        }
+        return cls(**{**record, **numbers, "consumers": tuple(record["consumers"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,16 @@ class Coverage:
             "left_alone": list(self.left_alone),
             "seconds": self.seconds,
         }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Coverage:
+        """The inverse of `as_json`."""
+        return cls(
+            layers=tuple(map(LayerReport.from_json, record["layers"])),
+            transforms=tuple(map(TransformReport.from_json, record["transforms"])),
+            left_alone=tuple(record["left_alone"]),
+            seconds=record["seconds"],
+        )
 
     @property
     def fallbacks(self) -> tuple[Path, ...]:

@@ -78,20 +78,22 @@ class Workdir:
         with self._states(index).open("rb") as file:
             return [jax.device_put(np.lib.format.read_array(file).view(dtype)) for _ in range(count)]
 
-    def publish(
-        self, target: Path, description: Mapping[str, Any], *, extra_files: Mapping[str, bytes] | None = None
-    ) -> None:
-        """Makes the folder a native checkpoint under its final name, at once."""
+    def complete(self, description: Mapping[str, Any], *, extra_files: Mapping[str, bytes] | None = None) -> None:
+        """Makes a native checkpoint of the finished parts; `publish` gives it its name."""
         with self._writing():
-            if not (self.path / DESCRIPTION).exists():
-                table: dict[str, Any] = {}
-                for place in sorted((self.path / _PARTS).glob("*.json")):
-                    table |= read_json(place)["table"]
-                complete(self.path, table, description, extra_files=extra_files)
-            # Only now is nothing left to be done again.
+            table: dict[str, Any] = {}
+            for place in sorted((self.path / _PARTS).glob("*.json")):
+                table |= read_json(place)["table"]
+            complete(self.path, table, description, extra_files=extra_files)
+
+    def publish(self, target: Path) -> None:
+        """Takes away what only an unfinished run needs, and gives the folder its final name, at once."""
+        with self._writing():
             for old in self.path.glob("states-*.npy"):
-                old.unlink()
+                old.unlink(missing_ok=True)
             shutil.rmtree(self.path / _PARTS, ignore_errors=True)
+            for folder in self.path.glob("activations-*"):
+                shutil.rmtree(folder, ignore_errors=True)
             (self.path / _DEFINITION).unlink(missing_ok=True)
             if target.exists():
                 target.rmdir()  # empty, as was checked; a folder replaces another only where that is
@@ -105,7 +107,7 @@ class Workdir:
         return found
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether only the final name is missing."""
         return (self.path / DESCRIPTION).exists()
 
@@ -134,15 +136,17 @@ def open_workdir(path: Path, definition: Mapping[str, Any]) -> Iterator[Workdir]
     """
     definition = json.loads(json.dumps(definition))  # as it will be read back
     try:
-        (path / _PARTS).mkdir(parents=True, exist_ok=True)
-        (path / ARRAYS).mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / DESCRIPTION).exists():
+            (path / _PARTS).mkdir(exist_ok=True)
+            (path / ARRAYS).mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
     with _locked(path):
         workdir = Workdir(path)
         if (path / _DEFINITION).exists():
             _check_same(path, read_json(path / _DEFINITION), definition)
-        elif not workdir.complete:
+        elif not workdir.is_complete:
             with replacing(path / _DEFINITION) as file:
                 file.write((json.dumps(definition, indent=1) + "\n").encode())
         yield workdir

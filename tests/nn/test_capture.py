@@ -1,0 +1,71 @@
+"""Capture and replay: what layers read, in which order, and running on from it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jquant.core.errors import InputError
+from jquant.nn.capture import capture, input_groups, replay_output
+from jquant.nn.linear import Linear
+
+
+class Block(nnx.Module):
+    """q and k read one array; v another of equal values; o what comes of them; `idle` is never called."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.q, self.k, self.v, self.o, self.idle = (Linear(8, 8, rngs=rngs) for _ in range(5))
+
+    def __call__(self, x: jax.Array, shift: jax.Array) -> jax.Array:
+        return x + self.o(jnp.tanh(self.q(x) * self.k(x)) + self.v(x + shift))
+
+
+BLOCK = Block(nnx.Rngs(0))
+CALL = (jax.random.normal(jax.random.key(1), (2, 3, 8)), jnp.zeros(()))
+
+
+def test_layers_that_read_one_array_stand_together_in_the_order_of_calls() -> None:
+    assert input_groups(BLOCK, ("o", "v", "k", "q"), CALL) == (("q", "k"), ("v",), ("o",))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), CALL)
+    assert input_groups(BLOCK, ("q", "o"), shapes) == (("q",), ("o",))
+
+
+def test_captured_inputs_are_those_of_the_module() -> None:
+    found = capture(BLOCK, ("q", "o"), CALL)
+    ((x,),) = found["q"]
+    np.testing.assert_array_equal(x, CALL[0])
+    expected = jnp.tanh(BLOCK.q(x) * BLOCK.k(x)) + BLOCK.v(x)
+    np.testing.assert_allclose(found["o"][0][0], expected, rtol=1e-6)
+
+
+def test_replay_runs_on_from_the_inputs_given() -> None:
+    given = {"o": ((jnp.ones((2, 3, 8)),),)}
+    np.testing.assert_allclose(
+        replay_output(BLOCK, CALL, replay=given), CALL[0] + BLOCK.o(jnp.ones((2, 3, 8))), rtol=1e-6
+    )
+    captured = capture(BLOCK, ("q", "k", "v", "o"), CALL)
+    np.testing.assert_allclose(replay_output(BLOCK, CALL, replay=captured), BLOCK(*CALL), rtol=1e-6)
+
+
+def test_what_replay_replaces_is_not_computed() -> None:
+    text = (
+        jax.jit(lambda x: replay_output(BLOCK, (x, CALL[1]), replay={"o": ((x,),)})).lower(CALL[0]).compile().as_text()
+    )
+    assert text is not None
+    assert text.count("tanh") == 0
+
+
+def test_bad_paths_are_named() -> None:
+    with pytest.raises(InputError, match="layer idle was not called"):
+        capture(BLOCK, ("idle",), CALL)
+    with pytest.raises(InputError, match="no module at 'nothing'"):
+        capture(BLOCK, ("nothing",), CALL)
+
+
+def test_the_module_stays_as_it_was() -> None:
+    before = nnx.graphdef(BLOCK)
+    capture(BLOCK, ("q",), CALL)
+    assert nnx.graphdef(BLOCK) == before

@@ -1,0 +1,273 @@
+"""The pipeline on tiny models: what it learns from, what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jquant.calib import gram
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor, dequantize
+from jquant.core.scheme import scheme
+from jquant.nn.capture import capture
+from jquant.nn.linear import QuantizedLinear
+from jquant.nn.surgery import module_at
+from jquant.nn.w8a8 import W8A8Linear
+from jquant.ptq import gptq
+from jquant.ptq.activations import OnDisk
+from jquant.ptq.coverage import Coverage
+from jquant.ptq.pipeline import Event, quantize_model
+from jquant.ptq.recipe import Recipe, Rule, Step, one_rule
+from tests.tiny_checkpoint import tiny_model
+
+RNG = np.random.default_rng(0)
+BATCHES = [RNG.integers(0, 257, (2, 64)).astype(np.int32) for _ in range(4)]
+GROUPS = (
+    ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    ("attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+PLAIN = Step("gptq", (("act_order", "none"), ("range", "minmax")))
+
+
+def _plain(spec: str = "int4:g32") -> Recipe:
+    return Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme=spec, method=PLAIN),))
+
+
+@pytest.fixture(scope="module")
+def quantized() -> tuple[Any, Coverage]:
+    return quantize_model(tiny_model(), _plain(), BATCHES)
+
+
+def test_every_layer_is_solved_on_what_the_quantized_model_gives_it(quantized: tuple[Any, Coverage]) -> None:
+    """True-sequential: the statistics of each layer are those of its input in the finished model."""
+    model, floats = quantized[0], tiny_model()
+    tokens = [jnp.asarray(batch) for batch in BATCHES]
+    states, context = [model.embed(each) for each in tokens], model.contexts(64)
+    for index, block in enumerate(model.blocks):
+        for group in GROUPS:
+            inputs = [capture(block, group[:1], (x, context[index]))[group[0]][0][0] for x in states]
+            found = gram.init(inputs[0].shape[-1])
+            for x in inputs:
+                found = gram.update(found, x)
+            for path in group:
+                weight = module_at(floats.blocks[index], path).weight.get_value()  # type: ignore[attr-defined]
+                config = gptq.GPTQConfig(act_order="none", range="minmax")
+                expected = gptq.solve(weight, gram.finalize(found), scheme("int4:g32"), config=config).qtensor
+                packed = module_at(block, path).weight.get_value()  # type: ignore[attr-defined]
+                # Sums in another order may turn a code over, here and there.
+                assert np.mean(np.asarray(packed.codes() == expected.codes())) > 0.999
+        states = [block(x, context[index]) for x in states]
+
+
+def test_coverage_says_what_was_done(quantized: tuple[Any, Coverage]) -> None:
+    model, coverage = quantized
+    assert [layer.path for layer in coverage.layers] == [f"blocks.{i}.{p}" for i in range(2) for g in GROUPS for p in g]
+    assert coverage.left_alone == ("head.lm_head", "embed")
+    for layer in coverage.layers:
+        assert layer.on_data
+        assert layer.error < layer.rounding_error
+        assert (layer.method, layer.scheme, layer.damping) == ("gptq", "int4:g32", pytest.approx(0.01))
+        packed = module_at(model, layer.path)
+        assert isinstance(packed, QuantizedLinear)
+        assert layer.bits_per_weight == packed.weight.get_value().bits_per_weight
+    assert "14 by gptq to int4:g32; 2 left alone" in coverage.summary()
+    assert coverage.fallbacks == ()
+
+
+def test_output_error_in_the_report_is_that_of_the_output() -> None:
+    model = tiny_model()
+    states, context = [model.embed(jnp.asarray(batch)) for batch in BATCHES], model.contexts(64)
+    found, coverage = quantize_model(tiny_model(), _plain("int3:g32"), BATCHES)
+    report = coverage.layers[0]
+    x = jnp.concatenate([model.blocks[0].attn_norm(s).reshape(-1, 64) for s in states])
+    weight = model.blocks[0].attn.q_proj.weight.get_value()
+    value = dequantize(found.blocks[0].attn.q_proj.weight.get_value())
+    expected = jnp.sum((x @ (value - weight).T) ** 2) / jnp.sum((x @ weight.T) ** 2)
+    assert report.error == pytest.approx(float(expected), rel=1e-4)
+    assert len(context) == 2
+
+
+def test_blocks_of_equal_structure_share_their_programs() -> None:
+    heard: list[Event] = []
+    quantize_model(tiny_model(), _plain(), BATCHES)
+    with jax.log_compiles(False):
+        before = gptq._solve._cache_size()  # type: ignore[attr-defined]
+        quantize_model(tiny_model(1), _plain(), BATCHES, progress=heard.append)
+        assert gptq._solve._cache_size() == before  # type: ignore[attr-defined]
+    assert [event.part for event in heard] == ["block-0000", "block-0001", "outer"]
+    assert [event.done for event in heard] == [1, 2, 3]
+
+
+def test_padding_counts_for_nothing() -> None:
+    """Masked positions at the end of a causal model's windows leave the result as it is without them."""
+    expected, _ = quantize_model(tiny_model(), _plain(), BATCHES)
+    padded = [np.pad(batch, ((0, 0), (0, 16)), constant_values=7) for batch in BATCHES]
+    masks = [np.arange(80)[None].repeat(2, 0) < 64 for _ in BATCHES]
+    found, _ = quantize_model(tiny_model(), _plain(), padded, masks=masks)
+    for path in ("blocks.0.attn.q_proj", "blocks.1.mlp.down_proj"):
+        ours, theirs = (module_at(model, path).weight.get_value().codes() for model in (found, expected))  # type: ignore[attr-defined]
+        assert np.mean(np.asarray(ours == theirs)) > 0.999
+
+
+def test_activations_on_disk_change_nothing(tmp_path: Any, quantized: tuple[Any, Coverage]) -> None:
+    store = OnDisk(tmp_path)
+    found, _ = quantize_model(tiny_model(), _plain(), BATCHES, store=store)
+    store.close()
+    assert list(tmp_path.iterdir()) == []
+    _assert_equal(found, quantized[0])
+
+
+def test_methods_without_data_need_none() -> None:
+    model, coverage = quantize_model(tiny_model(), one_rule("hqq", "int4:g32:asym"))
+    assert not any(layer.on_data for layer in coverage.layers)
+    assert isinstance(model.blocks[0].attn.q_proj, QuantizedLinear)
+
+
+def test_embedding_and_head_are_quantized_where_a_rule_names_them() -> None:
+    recipe = Recipe(
+        rules=(
+            Rule(layers=(r"^blocks\.", "lm_head"), scheme="int8:g32", method=PLAIN),
+            Rule(layers=("^embed$",), scheme="q8_0"),
+        )
+    )
+    model, coverage = quantize_model(tiny_model(), recipe, BATCHES)
+    assert coverage.left_alone == ()
+    assert coverage.layers[-2].path == "head.lm_head"
+    assert isinstance(model.embed.weight.get_value(), QTensor)
+    expected = tiny_model()(jnp.asarray(BATCHES[0]))
+    assert float(jnp.max(jnp.abs(model(jnp.asarray(BATCHES[0])) - expected))) < 0.1 * float(jnp.max(jnp.abs(expected)))
+
+
+@pytest.mark.parametrize("activation", ["int8:token", "int8:tensor", "int8:tensor:asym"])
+def test_activations_are_quantized_where_a_rule_says_so(activation: str) -> None:
+    recipe = Recipe(
+        rules=(
+            Rule(
+                layers=(r"^blocks\.",),
+                scheme="int8:channel",
+                activation=activation,
+                transforms=(Step("smoothquant", (("alpha", 0.5),)),),
+            ),
+        )
+    )
+    model, coverage = quantize_model(tiny_model(), recipe, BATCHES)
+    assert isinstance(model.blocks[0].mlp.down_proj, W8A8Linear)
+    assert {each.transform for each in coverage.transforms} == {"smoothquant"}
+    expected = tiny_model()(jnp.asarray(BATCHES[0]))
+    error = jnp.linalg.norm(model(jnp.asarray(BATCHES[0])) - expected) / jnp.linalg.norm(expected)
+    assert float(error) < 0.15  # two layers deep, and random weights pass errors on whole
+
+
+def test_awq_then_gptq_is_better_than_either_start() -> None:
+    errors = {}
+    for name in ("rtn", "awq", "awq+gptq"):
+        model, _ = quantize_model(tiny_model(), one_rule(name, "int3:g32:asym"), BATCHES)
+        expected = tiny_model()(jnp.asarray(BATCHES[0]))
+        errors[name] = float(jnp.linalg.norm(model(jnp.asarray(BATCHES[0])) - expected))
+    assert errors["awq+gptq"] < errors["rtn"]
+    assert errors["awq"] < errors["rtn"]
+
+
+class MLP(nnx.Module):
+    """A module that is no decoder."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.second = nnx.Linear(24, 64, rngs=rngs), nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(jax.nn.relu(self.first(x)))
+
+
+class ConvNet(nnx.Module):
+    """Two convolutions and a linear layer."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+        self.second = nnx.Conv(8, 16, (3, 3), padding="VALID", use_bias=False, rngs=rngs)
+        self.last = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jax.nn.relu(self.second(jax.nn.relu(self.first(x))))
+        return self.last(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(MLP, (32, 24)), (ConvNet, (4, 12, 12, 3))])
+def test_any_module_is_quantized(kind: Any, shape: tuple[int, ...]) -> None:
+    data = [jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32) for i in range(6)]
+    expected = kind(nnx.Rngs(0))(data[0])
+    errors = {}
+    for name in ("rtn", "gptq"):
+        model, coverage = quantize_model(kind(nnx.Rngs(0)), one_rule(name, "int4:g8", layers=(".",)), data)
+        errors[name] = float(jnp.linalg.norm(model(data[0]) - expected) / jnp.linalg.norm(expected))
+        assert len(coverage.layers) == (2 if kind is MLP else 3)
+    assert errors["gptq"] < errors["rtn"] < 0.3
+
+
+def test_bad_data_is_named() -> None:
+    with pytest.raises(InputError, match=r"blocks\.0\.attn\.k_proj: gptq and its transforms learn from data"):
+        quantize_model(tiny_model(), _plain())
+    with pytest.raises(InputError, match="at least 2 tokens"):
+        quantize_model(tiny_model(), _plain(), [])
+    broken = tiny_model()
+    broken.embed.weight.set_value(broken.embed.weight.get_value().at[:, 3].set(jnp.nan))
+    with pytest.raises(InputError, match=r"layer blocks\.0\.attn\.q_proj: activations hold a NaN"):
+        quantize_model(broken, _plain(), BATCHES)
+    silent = tiny_model()
+    silent.blocks[0].attn_norm.weight.set_value(jnp.zeros(64))
+    with pytest.raises(InputError, match=r"layer blocks\.0\.attn\.q_proj: all activations are zero"):
+        quantize_model(silent, _plain(), BATCHES)
+    wrong = tiny_model()
+    weight = wrong.blocks[1].mlp.up_proj.weight
+    weight.set_value(weight.get_value().at[0, 0].set(jnp.inf))
+    with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up_proj: its weight holds a NaN or an infinity"):
+        quantize_model(wrong, one_rule("rtn", "int4:g32"))
+
+
+@pytest.mark.parametrize(
+    ("method", "spec", "message"),
+    [
+        ("gptq", "q4_0", r"layer blocks\.0\.attn\.k_proj: GPTQ to q4_0"),
+        ("hqq", "int4:g32", r"layer blocks\.0\.attn\.k_proj: .*asym"),
+        ("rtn", "int4:g128", r"layer blocks\.0\.attn\.k_proj: group size 128"),
+        ("smoothquant", "int4:g32", "quantizes no activations"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused(method: str, spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), one_rule(method, spec), BATCHES)
+
+
+def test_a_transform_that_finds_no_place_is_refused() -> None:
+    with pytest.raises(InputError, match=r"awq on blocks\.0\.attn\.q_proj: no norm or layer before it"):
+        quantize_model(tiny_model(), one_rule("awq", "int4:g32", layers=("q_proj",)), BATCHES)
+
+
+def test_few_tokens_are_damped_and_reported() -> None:
+    """Fewer rows than inputs: H is singular, and the damping makes a factor of it."""
+    _, coverage = quantize_model(tiny_model(), _plain(), [BATCHES[0][:1, :16]])
+    assert all(layer.damping > 0.0099 and not layer.fallback for layer in coverage.layers)
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 8}, {"data": 2}, {"data": 2, "tensor": 4}])
+def test_sharded_is_unsharded(axes: dict[str, int], quantized: tuple[Any, Coverage]) -> None:
+    """Rows of weights alone: bit for bit. Batches: sums in another order, which may turn single codes over."""
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    found, coverage = quantize_model(tiny_model(), _plain(), BATCHES, mesh=mesh)
+    for ours, theirs in zip(coverage.layers, quantized[1].layers, strict=True):
+        assert ours.error == pytest.approx(theirs.error, rel=0.02)
+        codes = [module_at(model, ours.path).weight.get_value().codes() for model in (found, quantized[0])]  # type: ignore[attr-defined]
+        assert np.mean(np.asarray(codes[0]) == np.asarray(codes[1])) > 0.995
+    used = found.blocks[0].mlp.gate_proj.weight.get_value().planes[0].sharding
+    assert len(used.device_set) == mesh.size
+
+
+def _assert_equal(one: Any, other: Any) -> None:
+    for a, b in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(other)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

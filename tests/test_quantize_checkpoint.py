@@ -1,0 +1,216 @@
+"""jquant quantize: killed at any point it goes on to the same bits; what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jquant.cli import main
+from jquant.core.errors import InputError
+from jquant.data.blocks import text_windows
+from jquant.data.text import load_text
+from jquant.io import native
+from jquant.models.checkpoint import open_checkpoint
+from jquant.ptq.coverage import Coverage
+from jquant.ptq.preflight import Estimate
+from jquant.ptq.recipe import Recipe, Rule, Step
+from jquant.quantize_checkpoint import in_batches, quantize_checkpoint
+from tests.tiny_checkpoint import tiny_model, write
+
+RECIPE = Recipe(
+    rules=(
+        Rule(layers=("down_proj",), scheme="int4:g32", method=Step("gptq", (("act_order", "dynamic"),))),
+        Rule(layers=(r"^blocks\.",), scheme="int4:g32:asym", method=Step("gptq", (("range", "minmax"),))),
+        Rule(layers=("lm_head",), scheme="int8:g32"),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def _run(source: Path, out: Path, **options: Any) -> Coverage:
+    checkpoint = open_checkpoint(source)
+    windows = text_windows(load_text("pydoc:calibration"), checkpoint.tokenizer(), window=64, limit=4)
+    return quantize_checkpoint(checkpoint, RECIPE, out, calibration=windows, **options)
+
+
+def test_the_folder_loads_back_to_what_was_quantized(source: Path, tmp_path: Path) -> None:
+    coverage = _run(source, tmp_path / "q", batch=2)
+    opened = open_checkpoint(tmp_path / "q")
+    model = opened.model()
+    tokens = jnp.arange(32)[None]
+    assert np.isfinite(np.asarray(model(tokens))).all()
+    assert model.blocks[0].mlp.down_proj.weight.get_value().groups is not None
+    said = json.loads((tmp_path / "q" / "coverage.json").read_text())
+    assert [row["path"] for row in said["layers"]] == [layer.path for layer in coverage.layers]
+    provenance = json.loads((tmp_path / "q" / native.DESCRIPTION).read_text())["provenance"]
+    assert Recipe.from_json(provenance["recipe"], "") == RECIPE
+    assert provenance["calibration"]["text"] == "pydoc:calibration"
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    assert np.asarray(model(tokens) - tiny_model()(tokens)).std() > 0
+
+
+def test_blocks_that_stream_give_what_one_model_gives(source: Path, tmp_path: Path) -> None:
+    from jquant.ptq.pipeline import quantize_model
+
+    _run(source, tmp_path / "q")
+    checkpoint = open_checkpoint(source)
+    windows = text_windows(load_text("pydoc:calibration"), checkpoint.tokenizer(), window=64, limit=4)
+    model, _ = quantize_model(checkpoint.model(), RECIPE, in_batches(windows.tokens, 1))
+    tokens = jnp.arange(32)[None]
+    np.testing.assert_array_equal(
+        np.asarray(open_checkpoint(tmp_path / "q").model()(tokens)), np.asarray(model(tokens))
+    )
+
+
+def test_activations_on_disk_change_no_bit(source: Path, tmp_path: Path) -> None:
+    _run(source, tmp_path / "a")
+    _run(source, tmp_path / "b", spill=True)
+    assert native.open_native(tmp_path / "a").sha256 == native.open_native(tmp_path / "b").sha256
+
+
+def test_schemes_of_inputs_come_back(source: Path, tmp_path: Path) -> None:
+    """W8A8 with static scales: they are tensors of the checkpoint, and their scheme stands in its description."""
+    out = tmp_path / "w8a8"
+    recipe = Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme="int8:channel", activation="int8:tensor:asym"),))
+    checkpoint = open_checkpoint(source)
+    windows = text_windows(load_text("pydoc:calibration"), checkpoint.tokenizer(), window=64, limit=2)
+    quantize_checkpoint(checkpoint, recipe, out, calibration=windows)
+    layer: Any = open_checkpoint(out).model().blocks[1].mlp.up_proj
+    assert str(layer.activation) == "int8:tensor:asym"
+    assert float(layer.input_scale.get_value()) > 0
+    assert main(["eval", str(out), "--window", "32", "--windows", "2"]) == 0
+
+
+def test_a_full_disk_leaves_nothing_under_the_name_and_can_be_gone_on_from(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jquant.ptq import workdir
+
+    _run(source, tmp_path / "whole")
+
+    def full(folder: Path, part: str, tensors: Any) -> Any:
+        if part == "block-0001":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return native.write_part(folder, part, tensors)
+
+    monkeypatch.setattr(workdir, "write_part", full)
+    with pytest.raises(InputError, match="No space left on device; start the same command again"):
+        _run(source, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+    monkeypatch.undo()
+    _run(source, tmp_path / "q")
+    assert native.open_native(tmp_path / "q").sha256 == native.open_native(tmp_path / "whole").sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "whole"]
+
+
+def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jquant.ptq import workdir
+
+    def full(folder: Path, part: str, tensors: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(workdir, "write_part", full)
+    with pytest.raises(InputError):
+        _run(source, tmp_path / "q")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"unfinished: holds an unfinished run with another batch \(1 there, 2 here\)"):
+        _run(source, tmp_path / "q", batch=2)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.preflight._available", lambda: 1 << 16)
+    heard: list[Estimate] = []
+    with pytest.raises(InputError, match=r"the run needs .* of activations.*--spill"):
+        _run(source, tmp_path / "q", on_estimate=heard.append)
+    assert heard[0].operations > 0
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scheme", "int4:g32", "--recipe", "nf4"], "give either --recipe"),
+        ([], "give either --recipe"),
+        (["--recipe", "gtpq"], "neither a file nor a preset"),
+        (["--method", "gptq", "--scheme", "int4:g32", "--calibration-windows", "100000"], "calibration text"),
+        (["--method", "hqq", "--scheme", "int4:g32"], "int4:g32:asym"),
+        (["--scheme", "int4:g32", "--layers", "nothing"], "matches nothing"),
+        (["--method", "gptq", "--scheme", "int4:g32", "--window", "4096"], "512"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    words: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["quantize", str(source), "--out", str(tmp_path / "q"), *words])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+_KILLER = """
+import os, pathlib, shutil, signal, sys
+left = int(sys.argv[1])
+def counted(function):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+import jquant.io.native as native, jquant.ptq.workdir as workdir
+from jquant.cli import main
+os.replace, os.rename, os.unlink = map(counted, (os.replace, os.rename, os.unlink))
+pathlib.Path.replace, pathlib.Path.rename = counted(pathlib.Path.replace), counted(pathlib.Path.rename)
+pathlib.Path.unlink, shutil.rmtree = counted(pathlib.Path.unlink), counted(shutil.rmtree)
+native._save, native._describe = counted(native._save), counted(native._describe)
+workdir.Workdir.save_states = counted(workdir.Workdir.save_states)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_points_it_ends_with_the_same_bits(source: Path, tmp_path: Path) -> None:
+    """Kill −9 before the n-th write, rename or removal: each run goes on from what the ones before it left."""
+    words = ["quantize", str(source), "--method", "gptq", "--scheme", "int4:g32"]
+    words += ["--calibration-windows", "4", "--window", "64", "--batch", "2", "--out"]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def run(limit: int, out: Path) -> int:
+        call = [sys.executable, "-c", _KILLER, str(limit), *words, str(out)]
+        return subprocess.run(call, env=environment, capture_output=True, check=False, timeout=300).returncode
+
+    assert run(0, tmp_path / "whole") == 0
+    killed = 0
+    for limit in (1, 2, 3, 5, 8, 13, 21, 20, 30, 44):
+        if run(limit, tmp_path / "q") == -signal.SIGKILL:
+            killed += 1
+            assert not (tmp_path / "q").exists()
+    assert killed == 10
+    assert run(0, tmp_path / "q") == 0
+    assert native.open_native(tmp_path / "q").sha256 == native.open_native(tmp_path / "whole").sha256
+    tables = [json.loads((tmp_path / name / native.DESCRIPTION).read_text())["tensors"] for name in ("q", "whole")]
+    assert tables[0] == tables[1]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["cache", "q", "whole"]
