@@ -1,4 +1,7 @@
-"""How a cell looks in every plot: one colour for an element family, one marker for a granularity, one axis range."""
+"""How a cell looks in every plot: one colour for an element family, one marker for a granularity, one axis range.
+
+Where a sweep holds several methods, markers tell those apart instead: the granularity stands in a cell's spec string.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Family:
 class Marker:
     """A shape, as matplotlib and plotly call it, and as a character for legends."""
 
-    name: str
+    name: str  # as legends have it
     matplotlib: str
     plotly: str
     glyph: str
@@ -42,11 +45,19 @@ FAMILIES = (
 OTHER_FAMILY = Family(prefix="", name="other", colour="#7d8590")
 
 MARKERS = {
-    "group": Marker(name="group", matplotlib="o", plotly="circle", glyph="●"),
-    "channel": Marker(name="channel", matplotlib="D", plotly="diamond", glyph="◆"),
-    "tensor": Marker(name="tensor", matplotlib="s", plotly="square", glyph="■"),
-    "block": Marker(name="block", matplotlib="p", plotly="pentagon", glyph="⬟"),
-    "token": Marker(name="token", matplotlib="h", plotly="hexagon", glyph="⬢"),
+    "group": Marker(name="per group", matplotlib="o", plotly="circle", glyph="●"),
+    "channel": Marker(name="per channel", matplotlib="D", plotly="diamond", glyph="◆"),
+    "tensor": Marker(name="per tensor", matplotlib="s", plotly="square", glyph="■"),
+    "block": Marker(name="per block", matplotlib="p", plotly="pentagon", glyph="⬟"),
+    "token": Marker(name="per token", matplotlib="h", plotly="hexagon", glyph="⬢"),
+}
+METHOD_MARKERS = {
+    "rtn": Marker(name="rtn", matplotlib="o", plotly="circle", glyph="●"),
+    "rtn-mse": Marker(name="rtn-mse", matplotlib="s", plotly="square", glyph="■"),
+    "hqq": Marker(name="hqq", matplotlib="p", plotly="pentagon", glyph="⬟"),
+    "gptq": Marker(name="gptq", matplotlib="D", plotly="diamond", glyph="◆"),
+    "awq": Marker(name="awq", matplotlib="*", plotly="star", glyph="★"),
+    "awq+gptq": Marker(name="awq+gptq", matplotlib="P", plotly="cross", glyph="✚"),
 }
 OTHER_MARKER = Marker(name="other", matplotlib="X", plotly="x", glyph="✖")
 
@@ -64,15 +75,21 @@ def family(cell: Cell) -> Family:
     return next((family for family in FAMILIES if cell.scheme.startswith(family.prefix)), OTHER_FAMILY)
 
 
-def marker(cell: Cell) -> Marker:
-    """The marker of a cell's granularity."""
+def marker(sweep: Sweep, cell: Cell) -> Marker:
+    """The marker of a cell's method where the sweep holds several, of its granularity otherwise."""
+    if several_methods(sweep):
+        return METHOD_MARKERS.get(cell.method, OTHER_MARKER)
     return MARKERS.get(cell.granularity, OTHER_MARKER)
 
 
 def label(sweep: Sweep, cell: Cell) -> str:
     """What a plot writes beside a cell: its scheme, with its method where the sweep holds several."""
-    several = len({cell.method for cell in sweep.cells}) > 1
-    return f"{cell.scheme} {cell.method}" if several else cell.scheme
+    return f"{cell.scheme} {cell.method}" if several_methods(sweep) else cell.scheme
+
+
+def several_methods(sweep: Sweep) -> bool:
+    """Whether the cells' methods differ."""
+    return len({cell.method for cell in sweep.cells}) > 1
 
 
 def perplexity_axis(sweep: Sweep) -> PerplexityAxis:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jquant.sweep.appearance import several_methods
 from jquant.sweep.results import Cell, Sweep
 
 
@@ -28,8 +29,7 @@ class Column:
 
 def columns(sweep: Sweep) -> tuple[Column, ...]:
     """The columns for a sweep; the method has one only where the cells' methods differ."""
-    methods = {cell.method for cell in sweep.cells}
-    return tuple(column for column in _COLUMNS if column.key != "method" or len(methods) > 1)
+    return tuple(column for column in _COLUMNS if column.key != "method" or several_methods(sweep))
 
 
 def perplexity_stderr(cell: Cell) -> float:

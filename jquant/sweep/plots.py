@@ -54,7 +54,7 @@ _METADATA: dict[str, dict[str, str | None]] = {".png": {}, ".svg": {"Date": None
 
 
 def sweep_figure(sweep: Sweep) -> Figure:
-    """Two panels, one point a cell: colour tells the element family, shape the granularity, a ring the frontier.
+    """Two panels, one point a cell: colour tells the element family, shape granularity or method, a ring the frontier.
 
     Perplexity is linear up to twice the reference; cells beyond stand at the upper edge as arrows with their value.
     KL is logarithmic; cells with KL ≤ 0 stand at the lower edge. A point without a free place for its label has none.
@@ -124,7 +124,7 @@ def _draw_panel(panel: Axes, sweep: Sweep, metric: Metric, *, scale: str, ceilin
             [x],
             [y],
             linestyle="none",
-            marker={"above": "^", "below": "v", "": marker(cell).matplotlib}[edge],
+            marker={"above": "^", "below": "v", "": marker(sweep, cell).matplotlib}[edge],
             markersize=POINT,
             markerfacecolor=family(cell).colour if not edge else "white",
             markeredgecolor=INK if index in front and not edge else family(cell).colour,
@@ -282,11 +282,11 @@ def _renderer(panel: Axes) -> Any:
 
 
 def _draw_legend(figure: Figure, sweep: Sweep) -> None:
-    """One entry a family and one a granularity that occur."""
+    """One entry a family and one a marker that occur."""
     from matplotlib.lines import Line2D
 
     families: dict[Family, None] = dict.fromkeys(family(cell) for cell in sweep.cells)
-    markers: dict[Marker, None] = dict.fromkeys(marker(cell) for cell in sweep.cells)
+    markers: dict[Marker, None] = dict.fromkeys(marker(sweep, cell) for cell in sweep.cells)
     entries = [
         Line2D([], [], linestyle="none", marker="o", markersize=POINT, color=each.colour, label=each.name)
         for each in families
@@ -299,7 +299,7 @@ def _draw_legend(figure: Figure, sweep: Sweep) -> None:
             markersize=POINT,
             markerfacecolor="white",
             markeredgecolor=MUTED,
-            label=f"per {each.name}",
+            label=each.name,
         )
         for each in markers
     ]

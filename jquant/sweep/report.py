@@ -12,7 +12,7 @@ from typing import Any
 
 from jquant.core.errors import InputError
 from jquant.io.atomic import replacing
-from jquant.sweep.appearance import Family, Marker, family, label, marker, perplexity_axis
+from jquant.sweep.appearance import Family, Marker, family, label, marker, perplexity_axis, several_methods
 from jquant.sweep.columns import (
     Column,
     columns,
@@ -84,7 +84,7 @@ def report_html(sweep: Sweep) -> str:
 def _introduction(sweep: Sweep, title: str) -> Iterator[str]:
     yield f"<h1>{escape(title)}</h1>"
     text, protocol = _section(sweep, "text"), _section(sweep, "protocol")
-    said = f"{len(sweep.cells)} schemes"
+    said = _counted(sweep)
     if "name" in text:
         said += f" on the text {text['name']}"
     if "windows" in protocol and "window" in protocol:
@@ -101,9 +101,16 @@ def _introduction(sweep: Sweep, title: str) -> Iterator[str]:
     )
 
 
+def _counted(sweep: Sweep) -> str:
+    if not several_methods(sweep):
+        return f"{len(sweep.cells)} schemes"
+    schemes, methods = ({getattr(cell, name) for cell in sweep.cells} for name in ("scheme", "method"))
+    return f"{len(sweep.cells)} cells, {len(schemes)} schemes by {len(methods)} methods,"
+
+
 def _charts(sweep: Sweep) -> Iterator[str]:
     families: dict[Family, None] = dict.fromkeys(family(cell) for cell in sweep.cells)
-    markers: dict[Marker, None] = dict.fromkeys(marker(cell) for cell in sweep.cells)
+    markers: dict[Marker, None] = dict.fromkeys(marker(sweep, cell) for cell in sweep.cells)
     axis = perplexity_axis(sweep)
     whole = '<label><input type="checkbox" id="perplexity-whole"> Whole range, logarithmic</label>'
     beyond = sum(not cell.perplexity <= axis.ceiling for cell in sweep.cells) if axis.ceiling is not None else 0
@@ -122,7 +129,7 @@ def _charts(sweep: Sweep) -> Iterator[str]:
     for each in families:
         yield f'<li><span style="color:{each.colour}">●</span> {escape(each.name)}</li>'
     for each in markers:
-        yield f'<li class="muted">{each.glyph} per {escape(each.name)}</li>'
+        yield f'<li class="muted">{each.glyph} {escape(each.name)}</li>'
     yield '<li class="muted">line and rings: Pareto frontier</li>'
     if beyond:
         yield f'<li class="muted">△ beyond the axis, more than twice the reference ({beyond})</li>'
@@ -155,7 +162,8 @@ def _table(sweep: Sweep) -> Iterator[str]:
     yield _row(sweep, sweep.reference, shown, mark="", dot="")
     yield "</tbody><tbody>"
     for cell, mark in zip(sweep.cells, marks, strict=True):
-        dot = f'<span class="dot" style="color:{family(cell).colour}" aria-hidden="true">{marker(cell).glyph}</span>'
+        glyph = marker(sweep, cell).glyph
+        dot = f'<span class="dot" style="color:{family(cell).colour}" aria-hidden="true">{glyph}</span>'
         yield _row(sweep, cell, shown, mark=mark, dot=dot)
     yield "</tbody></table></div>"
     yield "<details><summary>What the columns mean</summary><dl class='columns'>"
@@ -247,7 +255,7 @@ def _chart_data(sweep: Sweep) -> dict[str, Any]:
                 "perplexity": _number(cell.perplexity),
                 "kl": _number(cell.kl),
                 "colour": family(cell).colour,
-                "symbol": marker(cell).plotly,
+                "symbol": marker(sweep, cell).plotly,
                 "short": {"perplexity": significant(cell.perplexity, 3), "kl": significant(cell.kl, 3)},
                 "tooltip": _tooltip(sweep, cell),
             }

@@ -19,6 +19,8 @@ from jquant.sweep.columns import columns, perplexity_stderr, stderr_text
 from jquant.sweep.pareto import frontier
 from jquant.sweep.results import Cell, Sweep
 
+_WORDS = {"scheme": 21, "method": 9}  # least widths of columns of words: longer ones are folded
+
 
 def sweep_table(sweep: Sweep) -> Table:
     """The reference, then the cells in grid order; P and K mark the frontiers of perplexity and KL against bits.
@@ -42,7 +44,7 @@ def sweep_table(sweep: Sweep) -> Table:
         if column.is_number():
             table.add_column(title, justify="right", no_wrap=True)
         else:
-            table.add_column(title, overflow="fold", min_width=21)
+            table.add_column(title, overflow="fold", min_width=_WORDS[column.key])
     table.add_column("", no_wrap=True)
     # Text objects: a spec string is data, not rich markup.
     table.add_row(*(Text(column.text(sweep.reference, sweep.reference)) for column, _ in shown), Text(""), style="dim")
