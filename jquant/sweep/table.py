@@ -15,15 +15,19 @@ from rich.table import Table
 from rich.text import Text
 
 from jquant.io.atomic import replacing
+from jquant.sweep.appearance import several_methods
 from jquant.sweep.columns import columns, perplexity_stderr, stderr_text
 from jquant.sweep.pareto import frontier
 from jquant.sweep.results import Cell, Sweep
 
-_WORDS = {"scheme": 21, "method": 9}  # least widths of columns of words: longer ones are folded
+_FOLDED = {"scheme": 21, "method": 8}  # least widths of columns of words; longer words are folded
+_FOLDED_WITH_METHODS = {"scheme": 18, "method": 8}
 
 
 def sweep_table(sweep: Sweep) -> Table:
     """The reference, then the cells in grid order; P and K mark the frontiers of perplexity and KL against bits.
+
+    With several methods their names take the place of the model's size.
 
     Args:
         sweep: at least the reference.
@@ -32,6 +36,10 @@ def sweep_table(sweep: Sweep) -> Table:
         A table for `rich.console.Console.print`.
     """
     shown = [(column, column.terminal_title) for column in columns(sweep) if column.terminal_title]
+    least = _FOLDED
+    if several_methods(sweep):  # eighty columns have no room for their names beside all figures
+        shown = [(column, title) for column, title in shown if column.key != "model_bytes"]
+        least = _FOLDED_WITH_METHODS
     marks = frontier_marks(sweep, perplexity="P", kl="K", separator="")
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -44,7 +52,7 @@ def sweep_table(sweep: Sweep) -> Table:
         if column.is_number():
             table.add_column(title, justify="right", no_wrap=True)
         else:
-            table.add_column(title, overflow="fold", min_width=_WORDS[column.key])
+            table.add_column(title, overflow="fold", min_width=least[column.key])
     table.add_column("", no_wrap=True)
     # Text objects: a spec string is data, not rich markup.
     table.add_row(*(Text(column.text(sweep.reference, sweep.reference)) for column, _ in shown), Text(""), style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -131,3 +132,18 @@ def make_sweep() -> Sweep:
 @pytest.fixture(scope="session")
 def sweep() -> Sweep:
     return make_sweep()
+
+
+@pytest.fixture(scope="session")
+def methods_sweep() -> Sweep:
+    """Some of the schemes, each by five methods that lose less and less."""
+    whole = make_sweep()
+    chosen = [cell for cell in whole.cells if cell.scheme.startswith("int") and cell.granularity == "group"]
+    cells = [
+        dataclasses.replace(
+            cell, id=f"{cell.id}{index}", method=method, kl=cell.kl * 0.8**index, perplexity=cell.perplexity - index / 9
+        )
+        for cell in chosen
+        for index, method in enumerate(("rtn", "rtn-mse", "hqq", "awq+gptq", "unheard-of"))
+    ]
+    return dataclasses.replace(whole, cells=tuple(cells))

@@ -146,3 +146,15 @@ def test_families_are_told_from_the_scheme(sweep: Sweep) -> None:
     ]
     assert of("q4_k") == OTHER_FAMILY.name
     assert len({family.colour for family in (*FAMILIES, OTHER_FAMILY)}) == len(FAMILIES) + 1
+
+
+def test_markers_and_labels_tell_methods_apart(methods_sweep: Sweep) -> None:
+    _, kl = sweep_figure(methods_sweep).axes
+    shapes = [shape for _, _, shape in _markers(kl)]
+    by_method = {}
+    for cell, shape in zip(methods_sweep.cells, shapes, strict=True):
+        by_method.setdefault(cell.method, set()).add(shape)
+    assert by_method == {"rtn": {"o"}, "rtn-mse": {"s"}, "hqq": {"p"}, "awq+gptq": {"P"}, "unheard-of": {"X"}}
+    assert all(text.get_text().split("  ")[0].split()[1] in by_method for text in _labels(kl))
+    legend = [text.get_text() for each in sweep_figure(methods_sweep).legends for text in each.get_texts()]
+    assert legend == ["integer", "rtn", "rtn-mse", "hqq", "awq+gptq", "other"]

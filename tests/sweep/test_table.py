@@ -33,10 +33,18 @@ def test_each_cell_has_a_row_in_grid_order_below_the_reference(sweep: Sweep) -> 
     assert next(line for line in lines if line.startswith("mxint8 ")).split()[-1] == "P"
 
 
-def test_eighty_columns_are_enough(sweep: Sweep) -> None:
-    lines = _print(sweep, 80)
-    assert max(map(len, lines)) <= 80
-    assert not any("…" in line for line in lines)
+def test_eighty_columns_are_enough(sweep: Sweep, methods_sweep: Sweep) -> None:
+    for each in (sweep, methods_sweep):
+        lines = _print(each, 80)
+        assert max(map(len, lines)) <= 80
+        assert not any("…" in line for line in lines)
+        assert all(word in lines[0] for word in ("Scheme", "Bits", "Perplexity", "Top-1 %"))
+        assert any(line.endswith(("P", "K")) for line in lines)
+
+
+def test_methods_stand_beside_their_scheme(methods_sweep: Sweep) -> None:
+    lines = _print(methods_sweep, 100)
+    assert [line.split()[1] for line in lines if line.startswith("int4:g64 ")][:3] == ["rtn", "rtn-mse", "hqq"]
 
 
 def test_a_scheme_is_data_not_markup(sweep: Sweep) -> None:
