@@ -10,6 +10,7 @@ Reference: IST-DASLab/gptq, quant.py, `find_params` with mse=True; the constants
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -19,9 +20,12 @@ from jaxtyping import Array, Float32
 from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int
-from jquant.core.qtensor import Parameters, TileRange, parameters_of_range, spread, tile_range
+from jquant.core.qtensor import Parameters, TileRange, parameters_of_range, tile_range
 from jquant.core.scales import DoubleQuantizedScale, FloatScale, NestedScale
 from jquant.core.scheme import Scheme
+
+_TOGETHER = 16  # ranges tried side by side
+_LONG = 1024  # tiles, or pieces of tiles, that make a row long enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +74,21 @@ def search_parameters(
         outer = scheme.scale.outer(jnp.max(span.high, axis=(-2, -1), keepdims=True), scheme.element.reach)
     plain = scheme_of_search(scheme)
 
-    def error(factor: Array) -> Array:
-        found = parameters_of_range(_shrunk(span, factor), plain, outer=outer)
-        lost = _power(jnp.abs(_rounded(tiles, found, plain) - tiles), config.exponent)
-        lost = lost if importance is None else lost * importance
-        return jnp.sum(jnp.sum(lost, axis=-1), axis=-2)
+    count = max(1, int(config.max_shrink * config.grid))
+    tries = min(_TOGETHER, count)
 
-    def one(index: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+    def some(index: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        steps = jnp.minimum(index * tries + jnp.arange(tries), count - 1)  # the last may come twice: it changes nothing
+        factors = (1 - steps.astype(jnp.float32) / config.grid).reshape(-1, *(1,) * span.high.ndim)
+        found = parameters_of_range(_shrunk(span, factors), plain, outer=outer)
+        errors = _errors(tiles, importance, found, plain, config.exponent)
+        here = jnp.argmin(errors, axis=0)  # of equal ones the first, which is the widest
+        error = jnp.min(errors, axis=0)
         least, chosen = best
-        factor = 1 - index.astype(jnp.float32) / config.grid
-        found = error(factor)
-        return jnp.minimum(found, least), jnp.where(found < least, factor, chosen)
+        return jnp.minimum(error, least), jnp.where(error < least, factors.reshape(-1)[here], chosen)
 
     start = (jnp.full_like(span.high, jnp.inf), jnp.ones_like(span.high))
-    _, chosen = jax.lax.fori_loop(0, max(1, int(config.max_shrink * config.grid)), one, start)
+    _, chosen = jax.lax.fori_loop(0, -(-count // tries), some, start)
     return parameters_of_range(_shrunk(span, chosen), scheme, outer=outer)
 
 
@@ -98,15 +103,46 @@ def _shrunk(span: TileRange, factor: Array) -> TileRange:
     return TileRange(span.high * factor, None if span.low is None else span.low * factor)
 
 
-def _rounded(tiles: Array, parameters: Parameters, scheme: Scheme) -> Array:
-    scale, zero = spread(parameters.scale), parameters.zero_point
-    ratio = exact_ratio(tiles, scale)
-    if zero is None:
-        return scheme.element.round(ratio) * scale
-    assert isinstance(scheme.element, Int)
-    return scheme.element.round(ratio, spread(zero)) * scale
+def _errors(
+    tiles: Array, importance: Array | None, found: Parameters, scheme: Scheme, exponent: float
+) -> Float32[Array, "tries *batch r c"]:
+    """Σ h·|x − x̂|^p of every tile, for each of several parameters [tries, …].
+
+    Goes from element to element, with all tiles and tries side by side: that is a plain loop over long rows, where sums
+    along short tiles would be taken number by number. Few large tiles are cut into pieces that stand side by side.
+    """
+    shape = tiles.shape[:-3] + tiles.shape[-2:-1]
+    size, count = tiles.shape[-3] * tiles.shape[-1], math.prod(shape)
+    pieces = next(part for part in range(1, size + 1) if size % part == 0 and (part * count >= _LONG or part == size))
+
+    def rows(x: Array) -> Array:
+        """[elements of a piece, pieces · tiles]"""
+        return jnp.moveaxis(x, (-3, -1), (0, 1)).reshape(size // pieces, pieces * count)
+
+    def of_pieces(x: Array) -> Array:
+        return jnp.tile(x.reshape(len(x), count), (1, pieces))
+
+    elements, scale = rows(tiles), of_pieces(found.scale)
+    weights = None if importance is None else rows(jnp.broadcast_to(importance, tiles.shape))
+    zero = None if found.zero_point is None else of_pieces(found.zero_point)
+
+    def one(index: Array, total: Array) -> Array:
+        x = jax.lax.dynamic_slice_in_dim(elements, index, 1)
+        ratio = exact_ratio(x, scale)
+        if zero is None:
+            value = scheme.element.round(ratio) * scale
+        else:
+            assert isinstance(scheme.element, Int)
+            value = scheme.element.round(ratio, zero) * scale
+        lost = _power(jnp.abs(value - x), exponent)
+        if weights is not None:
+            lost = lost * jax.lax.dynamic_slice_in_dim(weights, index, 1)
+        return total + lost
+
+    total = jax.lax.fori_loop(0, len(elements), one, jnp.zeros_like(scale))
+    return jnp.sum(total.reshape(-1, pieces, count), axis=1).reshape(-1, *shape)
 
 
 def _power(x: Array, exponent: float) -> Array:
     """x^exponent for x ≥ 0, near 0 below 10⁻³⁰. XLA's own power knows all special cases and takes thrice the time."""
-    return jnp.exp(exponent * jnp.log(jnp.maximum(x, 1e-30)))
+    return x * x if exponent == 2 else jnp.exp(exponent * jnp.log(jnp.maximum(x, 1e-30)))
