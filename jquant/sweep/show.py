@@ -45,6 +45,8 @@ class Progress:
             self._task = self._bar.add_task("", total=event.total)
         done = event.done + (event.share if event.cell is None and event.stage not in _BEFORE_CELLS else 0)
         self._bar.update(self._task, completed=done, description=event.stage)
+        if event.seconds is not None:
+            self._bar.console.print(f"statistics of the float model: {event.seconds:.1f} s", highlight=False)
         if event.cell is not None:
             cell = event.cell
             self._bar.console.print(
