@@ -34,7 +34,16 @@ if TYPE_CHECKING:
     from jquant.models.generate import Sampling as Sampling
     from jquant.models.generate import generate as generate
     from jquant.models.save import save as save
+    from jquant.ptq.coverage import Coverage as Coverage
+    from jquant.ptq.pipeline import quantize_model as quantize_model
+    from jquant.ptq.presets import preset as preset
+    from jquant.ptq.recipe import Recipe as Recipe
+    from jquant.ptq.recipe import Rule as Rule
+    from jquant.ptq.recipe import Step as Step
+    from jquant.ptq.recipe import one_rule as one_rule
+    from jquant.ptq.recipe import read_recipe as read_recipe
     from jquant.ptq.rtn import quantize_layers as quantize_layers
+    from jquant.quantization_run import quantize_checkpoint as quantize_checkpoint
     from jquant.sweep.config import SweepConfig as SweepConfig
     from jquant.sweep.run import run_sweep as run_sweep
 
@@ -66,7 +75,16 @@ _HOME = {
     "Sampling": "models.generate",
     "generate": "models.generate",
     "save": "models.save",
+    "Coverage": "ptq.coverage",
+    "quantize_model": "ptq.pipeline",
+    "preset": "ptq.presets",
+    "Recipe": "ptq.recipe",
+    "Rule": "ptq.recipe",
+    "Step": "ptq.recipe",
+    "one_rule": "ptq.recipe",
+    "read_recipe": "ptq.recipe",
     "quantize_layers": "ptq.rtn",
+    "quantize_checkpoint": "quantization_run",
     "SweepConfig": "sweep.config",
     "run_sweep": "sweep.run",
 }

@@ -122,6 +122,10 @@ def _eval(config: EvalConfig) -> None:
 
     text = load_text(config.text)
     checkpoint = open_checkpoint(config.model)
+    if checkpoint.calibration_sha256 == text.sha256:
+        raise InputError(
+            f"{config.model} was calibrated on the text {text.name}: its perplexity there says nothing; give another"
+        )
     windows = text_windows(
         text, checkpoint.tokenizer(), window=config.window, stride=config.stride, limit=config.windows
     )
@@ -181,7 +185,7 @@ def _quantize(config: QuantizeConfig) -> None:
     from jquant.ptq.pipeline import Event
     from jquant.ptq.presets import calibrated, find_recipe
     from jquant.ptq.recipe import one_rule
-    from jquant.quantize_checkpoint import quantize_checkpoint
+    from jquant.quantization_run import quantize_checkpoint
 
     check_new_folder(config.out)
     checkpoint = open_checkpoint(config.model)

@@ -24,7 +24,7 @@ from jquant.models.checkpoint import open_checkpoint
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.preflight import Estimate
 from jquant.ptq.recipe import Recipe, Rule, Step
-from jquant.quantize_checkpoint import in_batches, quantize_checkpoint
+from jquant.quantization_run import in_batches, quantize_checkpoint
 from tests.tiny_checkpoint import tiny_model, write
 
 RECIPE = Recipe(
@@ -61,6 +61,14 @@ def test_the_folder_loads_back_to_what_was_quantized(source: Path, tmp_path: Pat
     assert provenance["calibration"]["text"] == "pydoc:calibration"
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
     assert np.asarray(model(tokens) - tiny_model()(tokens)).std() > 0
+
+
+def test_a_model_is_not_evaluated_on_what_it_learned_from(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(source, tmp_path / "q")
+    assert main(["eval", str(tmp_path / "q"), "--text", "pydoc:calibration", "--window", "32"]) == 2
+    assert "was calibrated on the text pydoc:calibration" in capsys.readouterr().err
 
 
 def test_blocks_that_stream_give_what_one_model_gives(source: Path, tmp_path: Path) -> None:

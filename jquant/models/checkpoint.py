@@ -59,6 +59,7 @@ class Checkpoint:
     weights_sha256: Callable[[], str] = field(repr=False)
     tokenizer_reader: Callable[[], Tokenizer] = field(repr=False)
     activations: Mapping[str, str] = field(default_factory=dict, repr=False)  # schemes of layers' inputs, by path
+    calibration_sha256: str | None = None  # of the text that a quantized model learned from
 
     def model(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
         """The decoder with the weights of this checkpoint, cast to `dtype`; packed ones stay packed.
@@ -265,6 +266,7 @@ def _open_native(name: str, path: Path) -> Checkpoint:
         weights_sha256=lambda: opened.sha256,
         tokenizer_reader=lambda: tokenizer_from_json(path),
         activations=_activations(opened.description, path),
+        calibration_sha256=_calibration(opened.description),
     )
 
 
@@ -273,6 +275,13 @@ def _activations(description: Mapping[str, Any], path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(spec, str) for spec in found.values()):
         raise InputError(f"{path}: the schemes of activations are damaged: {one_line(ValueError(found))}")
     return found
+
+
+def _calibration(description: Mapping[str, Any]) -> str | None:
+    found: Any = description
+    for name in ("provenance", "calibration", "text_sha256"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _is_static(path: str) -> bool:
