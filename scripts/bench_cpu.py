@@ -1,10 +1,10 @@
 """Times jquant on CPU beside its peers, in one run, and prints each figure with its ratio and bar.
 
-    .venv/bin/python scripts/bench_cpu.py --peers PEER_PYTHON [--qwix QWIX_PYTHON]
+    .venv/bin/python scripts/bench_cpu.py --peers PEER_PYTHON [--qwix QWIX_PYTHON] [--compressor COMPRESSOR_PYTHON]
 
-PEER_PYTHON and QWIX_PYTHON are the environments that scripts/bench_cpu_peers.py describes; without them our own figures
-are printed alone. Works of one thread are pinned to one core. Medians; the machine's noise is in the minima beside
-them. Takes about three minutes on 2 cores.
+PEER_PYTHON, QWIX_PYTHON and COMPRESSOR_PYTHON are the environments that scripts/bench_cpu_peers.py describes; without
+them our own figures are printed alone. Works of one thread are pinned to one core. Medians; the machine's noise is in
+the minima beside them. Takes about three minutes on 2 cores, and ten more with COMPRESSOR_PYTHON.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main() -> None:
         "--peers", type=Path, help="a Python with torch, bitsandbytes, transformers, gguf, libggml-python"
     )
     parser.add_argument("--qwix", type=Path, help="a Python with qwix")
+    parser.add_argument("--compressor", type=Path, help="a Python with llmcompressor, transformers, gguf, datasets")
+    parser.add_argument("--only", choices=("quantize", "gptq"), help="a part of the table")
     parser.add_argument("--core", type=int, default=0, help="the core of works that take one thread")
     parser.add_argument("--own", choices=WORKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -49,7 +51,15 @@ def main() -> None:
             rows = _lines([str(python), str(peers), *words, "--core", str(arguments.core)], None)
             theirs.update({row["work"]: row for row in rows})
 
-    table = []
+    table: list[str] = []
+    if arguments.only != "quantize":
+        peer(arguments.compressor, "gptq-solve", "gptq-model", "--gguf", str(gguf))
+        table += _gptq_rows(ours("gptq-solve", pinned=False), ours("gptq-model", pinned=False), theirs)
+        row = ours("gptq-six", pinned=False)
+        table.append(f"six GPTQ schemes: {row['ratio']:.2f} × one ({row['one']:.1f} s); bar ≤ 2.5")
+    if arguments.only == "gptq":
+        print("\n".join(table))
+        return
     peer(arguments.peers, "int4", "int4-packed")
     peer(arguments.qwix, "qwix")
     row = ours("int4", pinned=True)
@@ -95,6 +105,85 @@ def _against(title: str, ours: Row, theirs: Row | None, sign: str, bar: float | 
         return text
     met = ratio <= bar if sign == "≤" else ratio >= bar
     return f"{text}   bar {sign} {bar}: {'met' if met else 'MISSED'}"
+
+
+def _gptq_rows(solves: dict[str, Row], models: dict[str, Row], theirs: dict[str, Row]) -> list[str]:
+    rows = []
+    for name, row in solves.items():
+        title = f"GPTQ 2048² int4 g128, {name}"
+        rows.append(_against(title, row, theirs.get("gptq-solve"), "≤", 0.5, "of llm-compressor"))
+    for name, row in models.items():
+        title = f"GPTQ of the demo model, {name}"
+        rows.append(_against(title, row, theirs.get("gptq-model"), "≤", 1 / 3, "of llm-compressor"))
+    return rows
+
+
+_GPTQ = {"plain": {"act_order": "none", "range": "minmax"}, "default": {}}
+
+
+def _gptq_solve() -> dict[str, Row]:
+    """One matrix: factor, scales, columns and packing, from a Gram matrix."""
+    import jax
+    import numpy as np
+
+    import jquant
+    from jquant.calib import gram
+    from jquant.ptq import gptq
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4096, 2048), dtype=np.float32) * np.exp(rng.standard_normal(2048, dtype=np.float32))
+    found = gram.finalize(gram.update(gram.init(2048), jax.device_put(x)))
+    weight = jax.device_put(rng.standard_normal((2048, 2048), dtype=np.float32))
+    scheme = jquant.scheme("int4:g128")
+    rows = {}
+    for name, options in _GPTQ.items():
+        config: Any = gptq.GPTQConfig(**options)
+        rows[name] = _time(
+            lambda config=config: jax.block_until_ready(gptq.solve(weight, found, scheme, config=config)), 5
+        )
+    return rows
+
+
+def _gptq_model() -> dict[str, Row]:
+    """All block layers of the demo model to int4 g64, 32 windows of 512 tokens; compiling included, as theirs is."""
+    import numpy as np
+
+    import jquant
+
+    tokens = np.random.default_rng(0).integers(0, 49_152, (32, 1, 512)).astype(np.int32)
+    rows = {}
+    for name, options in _GPTQ.items():
+        step = jquant.Step("gptq", tuple(options.items()))
+        recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g64", method=step),))
+        model = jquant.load_model("demo")
+        start = time.perf_counter()
+        jquant.quantize_model(model, recipe, list(tokens))
+        rows[name] = {"milliseconds": (time.perf_counter() - start) * 1e3}
+    return rows
+
+
+def _gptq_six() -> Row:
+    """What a sweep spends on quantizing with one GPTQ scheme, statistics included, and with six."""
+    import jquant
+
+    from jquant.sweep.run import Event
+
+    schemes = ("int4:g64", "int4:g32", "int3:g64", "int4:g64:asym", "int3:g64:asym", "int2:g32:asym")
+    seconds: list[float] = []
+    gathering = 0.0
+
+    def listen(event: Event) -> None:
+        nonlocal gathering
+        gathering = event.seconds or gathering
+
+    for chosen in (schemes[:1], schemes):
+        with tempfile.TemporaryDirectory() as folder:
+            config = jquant.SweepConfig(
+                model="demo", schemes=chosen, methods=("gptq",), out=Path(folder), windows=1, report=False
+            )
+            sweep = jquant.run_sweep(config, listen)
+        seconds.append(gathering + sum(cell.seconds_quantize for cell in sweep.cells))
+    return {"one": seconds[0], "six": seconds[1], "ratio": seconds[1] / seconds[0]}
 
 
 def _int4() -> Row:
@@ -218,12 +307,15 @@ def _sweep() -> Row:
     }
 
 
-WORKS: dict[str, Callable[[], Row]] = {
+WORKS: dict[str, Callable[[], Any]] = {
     "int4": _int4,
     "nf4": _nf4,
     "q4_0": _q4_0,
     "q4_k": _q4_k,
     "decode": _decode,
+    "gptq-solve": _gptq_solve,
+    "gptq-model": _gptq_model,
+    "gptq-six": _gptq_six,
     "smollm2": _smollm2,
     "load": _load,
     "sweep": _sweep,

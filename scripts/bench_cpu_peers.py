@@ -4,12 +4,14 @@
     PEER_PYTHON scripts/bench_cpu_peers.py smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf --threads 2
     PEER_PYTHON scripts/bench_cpu_peers.py gguf-encode ggml-encode gguf-decode
     QWIX_PYTHON scripts/bench_cpu_peers.py qwix
+    COMPRESSOR_PYTHON scripts/bench_cpu_peers.py gptq-solve gptq-model --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 PEER_PYTHON is an environment with torch, bitsandbytes, transformers, gguf, libggml-python and accelerate (and a C++
-compiler on the path, for torch.compile); QWIX_PYTHON one with jax 0.10.2 and qwix 0.1.8. Each work prints one JSON
-line (gguf-decode one a type): work, peer, version, milliseconds (median), milliseconds_min or tokens_per_second (median
-and best), threads, reps. Works of one thread run pinned to one core (--core). Nothing of jquant is imported. All works
-together took a minute and a half on 2 cores.
+compiler on the path, for torch.compile); QWIX_PYTHON one with jax 0.10.2 and qwix 0.1.8, COMPRESSOR_PYTHON one with
+llmcompressor 0.14, transformers, gguf and datasets. Each work prints one JSON line (gguf-decode one a type): work, peer,
+version, milliseconds (median), milliseconds_min or tokens_per_second (median and best), threads, reps. Works of one
+thread run pinned to one core (--core). Nothing of jquant is imported. All works together took a minute and a half on 2
+cores, and llm-compressor's several more.
 """
 # pyright: reportMissingImports=false
 
@@ -42,8 +44,8 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=0, help="the core of the works that take one thread")
     parser.add_argument("--gguf", type=Path, help="the SmolLM2 file that smollm2 loads")
     arguments = parser.parse_args()
-    if "smollm2" in arguments.works and (arguments.gguf is None or not arguments.gguf.is_file()):
-        parser.error(f"smollm2 needs --gguf FILE, the SmolLM2 GGUF; got {arguments.gguf}")
+    if {"smollm2", "gptq-model"} & set(arguments.works) and (arguments.gguf is None or not arguments.gguf.is_file()):
+        parser.error(f"smollm2 and gptq-model need --gguf FILE, the SmolLM2 GGUF; got {arguments.gguf}")
     for work in arguments.works:
         everything = os.sched_getaffinity(0)
         for row in WORKS[work](arguments):
@@ -200,6 +202,60 @@ def qwix(arguments: argparse.Namespace) -> Iterator[Row]:
     )
 
 
+def gptq_solve(arguments: argparse.Namespace) -> Iterator[Row]:
+    """GPTQ of one 2048² matrix, int4 in groups of 128, from its Hessian; scales are given."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs
+    from llmcompressor.modifiers.gptq import gptq_quantize
+
+    torch.set_num_threads(arguments.threads)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4096, 2048), dtype=np.float32) * np.exp(rng.standard_normal(2048, dtype=np.float32))
+    hessian = torch.from_numpy(x.T @ x) * (2 / 4096)
+    weight = torch.from_numpy(rng.standard_normal((2048, 2048), dtype=np.float32))
+    scheme = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP)
+    scale = (weight.view(2048, -1, GROUP).abs().amax(-1) / 7.5)[None]
+    seconds = []
+    for _ in range(5):
+        arrays = weight[None].clone(), hessian[None].clone()
+        start = time.perf_counter()
+        gptq_quantize.quantize_weight(*arrays, scale, torch.zeros_like(scale), None, scheme)
+        seconds.append(time.perf_counter() - start)
+    yield _compressor(seconds[1:]) | {"threads": arguments.threads}
+
+
+def gptq_model(arguments: argparse.Namespace) -> Iterator[Row]:
+    """GPTQ of all of SmolLM2's block layers to int4 g64, from 32 windows of 512 tokens."""
+    import datasets
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(arguments.threads)
+    folder, name = str(arguments.gguf.parent), arguments.gguf.name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, 49_152, (32, 512))
+    rows = datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    modifier = GPTQModifier(
+        ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights | {"actorder": None}}}
+    )
+    start = time.perf_counter()
+    oneshot(model=model, dataset=rows, recipe=modifier, max_seq_length=512, num_calibration_samples=32)
+    yield _compressor([time.perf_counter() - start]) | {"threads": arguments.threads}
+
+
+def _compressor(seconds: list[float]) -> Row:
+    return {
+        "peer": "llm-compressor",
+        "version": importlib.metadata.version("llmcompressor"),
+        "milliseconds": statistics.median(seconds) * 1e3,
+        "milliseconds_min": min(seconds) * 1e3,
+        "reps": len(seconds),
+    }
+
+
 WORKS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "int4": int4,
     "int4-packed": int4_packed,
@@ -209,6 +265,8 @@ WORKS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "ggml-encode": ggml_encode,
     "gguf-decode": gguf_decode,
     "qwix": qwix,
+    "gptq-solve": gptq_solve,
+    "gptq-model": gptq_model,
 }
 
 
