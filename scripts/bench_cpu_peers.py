@@ -8,10 +8,10 @@
 
 PEER_PYTHON is an environment with torch, bitsandbytes, transformers, gguf, libggml-python and accelerate (and a C++
 compiler on the path, for torch.compile); QWIX_PYTHON one with jax 0.10.2 and qwix 0.1.8, COMPRESSOR_PYTHON one with
-llmcompressor 0.14, transformers, gguf and datasets. Each work prints one JSON line (gguf-decode one a type): work, peer,
-version, milliseconds (median), milliseconds_min or tokens_per_second (median and best), threads, reps. Works of one
-thread run pinned to one core (--core). Nothing of jquant is imported. All works together took a minute and a half on 2
-cores, and llm-compressor's several more.
+llmcompressor 0.14, transformers, gguf and datasets. Each work prints one JSON line (gguf-decode one a type): work,
+peer, version, milliseconds (median), milliseconds_min or tokens_per_second (median and best), threads, reps. Works of
+one thread run pinned to one core (--core). Nothing of jquant is imported. All works together took a minute and a half
+on 2 cores, and llm-compressor's several more.
 """
 # pyright: reportMissingImports=false
 
