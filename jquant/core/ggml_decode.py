@@ -24,7 +24,7 @@ from jquant.core.formats import DOUBLED_E2M1, IQ4_NL_LEVELS, select_by_bits
 AnyArray = Array | np.ndarray
 Blocks = UInt8[AnyArray, "*n bytes"]
 
-_CACHED = 1 << 17  # elements, a multiple of every tile: half a megabyte of values stays in a second-level cache
+_CACHED = 1 << 16  # elements, a multiple of every tile: a quarter of a megabyte of values stays in a second-level cache
 _NIBBLES, _PAIRS, _BITS = (0, 4), (0, 2, 4, 6), tuple(range(8))
 
 
