@@ -34,7 +34,7 @@ from jquant.nn.w8a8 import static_parameters, w8a8_layer
 from jquant.ptq.coverage import LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
-from jquant.ptq.recipe import Rule
+from jquant.ptq.recipe import Rule, Step
 from jquant.ptq.solver import Solution
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
 
@@ -82,9 +82,10 @@ def quantize_block(
             _capture_inputs(block, group, replayed, data)
             statistics = _gram(block, group, data, prefix)
             replayed.extend(group)
+        factors: dict[Step, Any] = {}
         shared = (time.perf_counter() - started) / len(group)
         for path in group:
-            layer, report = _solve_layer(block, path, rules[path], statistics, data, prefix, shared)
+            layer, report = _solve_layer(block, path, rules[path], statistics, factors, data, prefix, shared)
             packed[path] = layer
             reports.append(report)
     return Solved(packed, reports, rewritten)
@@ -181,6 +182,7 @@ def _solve_layer(
     path: Path,
     rule: Rule,
     statistics: Gram | None,
+    factors: dict[Step, Any],
     data: Data | None,
     prefix: str,
     seconds: float,
@@ -191,7 +193,7 @@ def _solve_layer(
     weight = weight_matrix(layer)
     check_finite(weight, prefix + path)
     try:
-        solution = solve(weight, statistics, scheme, rule)
+        solution = solve(weight, statistics, scheme, rule, factors=factors)
         module = _packed(layer, path, rule, solution.qtensor, data)
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
@@ -226,11 +228,25 @@ def weight_report(
     )
 
 
-def solve(weight: jax.Array, statistics: Gram | None, scheme: Scheme, rule: Rule) -> Solution:
-    """The rule's solver on one matrix, or on each of a stack."""
+def solve(
+    weight: jax.Array,
+    statistics: Gram | None,
+    scheme: Scheme,
+    rule: Rule,
+    *,
+    factors: dict[Step, Any] | None = None,
+) -> Solution:
+    """The rule's solver on one matrix, or on each of a stack.
+
+    `factors` keeps what a method made of the statistics for the next layer that reads the same input.
+    """
     solver = SOLVERS[rule.method.name]
     config = configured(SOLVERS, rule.method.name, rule.method.options)
     known = statistics if solver.needs_gram else None
+    if weight.ndim == 2 and solver.factorize and solver.solve_with and known is not None and factors is not None:
+        if rule.method not in factors:
+            factors[rule.method] = solver.factorize(known, config=config)
+        return solver.solve_with(weight, factors[rule.method], scheme, config=config)
     if weight.ndim == 2:
         return solver.solve(weight, known, scheme, config=config)
     return jax.vmap(partial(solver.solve, scheme=scheme, config=config), in_axes=(0, None if known is None else 0))(

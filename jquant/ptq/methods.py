@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jquant.core.errors import InputError
 from jquant.ptq import gptq, hqq, rtn
-from jquant.ptq.solver import Solve
+from jquant.ptq.solver import Solution, Solve
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,17 @@ class Method:
     solve: Solve
     config: Any  # a frozen dataclass; dataclasses.replace(config, …) changes a part
     needs_gram: bool
+    # Of solvers whose work on the Gram matrix serves all layers that read the input: solve is solve_with ∘ factorize.
+    factorize: Callable[..., Any] | None = None
+    solve_with: Callable[..., Solution] | None = None
 
 
 SOLVERS: dict[str, Method] = {
     "rtn": Method(rtn.solve, rtn.RTNConfig(), needs_gram=False),
     "rtn-mse": Method(rtn.solve, rtn.RTNConfig(range="mse"), needs_gram=False),
-    "gptq": Method(gptq.solve, gptq.GPTQConfig(), needs_gram=True),
+    "gptq": Method(
+        gptq.solve, gptq.GPTQConfig(), needs_gram=True, factorize=gptq.factorize, solve_with=gptq.solve_with
+    ),
     "hqq": Method(hqq.solve, hqq.HQQConfig(), needs_gram=False),
 }
 
