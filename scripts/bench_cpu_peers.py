@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,19 +231,33 @@ def gptq_model(arguments: argparse.Namespace) -> Iterator[Row]:
     import torch
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(arguments.threads)
     folder, name = str(arguments.gguf.parent), arguments.gguf.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     tokens = np.random.default_rng(0).integers(0, 49_152, (32, 512))
     rows = datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
     modifier = GPTQModifier(
         ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights | {"actorder": None}}}
     )
+    # It looks for a tokenizer beside the model's config, which a GGUF has not.
+    beside = tempfile.mkdtemp()
+    tokenizer.save_pretrained(beside)
+    del model.config.quantization_config  # the weights are floats by now
+    model.hf_quantizer = None
+    model.save_pretrained(beside)
+    model = AutoModelForCausalLM.from_pretrained(beside, dtype=torch.float32)
     start = time.perf_counter()
-    oneshot(model=model, dataset=rows, recipe=modifier, max_seq_length=512, num_calibration_samples=32)
+    oneshot(
+        model=model,
+        dataset=rows,
+        recipe=modifier,
+        max_seq_length=512,
+        num_calibration_samples=32,
+    )
     yield _compressor([time.perf_counter() - start]) | {"threads": arguments.threads}
 
 
