@@ -35,7 +35,7 @@ from jquant.ptq.coverage import LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule, Step
-from jquant.ptq.solver import Solution
+from jquant.ptq.solver import Solution, check_finite
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
 
 
@@ -267,17 +267,6 @@ def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Da
     lowest, highest = jnp.min(jnp.stack([r[0] for r in ranges])), jnp.max(jnp.stack([r[1] for r in ranges]))
     scale, zero = static_parameters(lowest, highest, activation)
     return w8a8_layer(layer, weight, activation=activation, input_scale=scale, input_zero_point=zero)
-
-
-def check_finite(weight: jax.Array, path: Path) -> None:
-    """Raises InputError naming the layer where its weight holds a NaN or an infinity."""
-    if not bool(_is_finite(weight)):
-        raise InputError(f"layer {path}: its weight holds a NaN or an infinity; weights must be finite")
-
-
-@jax.jit
-def _is_finite(weight: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(weight))
 
 
 @jax.jit

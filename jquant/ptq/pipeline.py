@@ -27,11 +27,12 @@ from jquant.nn.matrices import layer_shapes
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
 from jquant.ptq.activations import InMemory, Store
-from jquant.ptq.block import Solved, block_outputs, check_finite, quantize_block, rule_needs_data, solve
+from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_data, solve
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.recipe import Recipe, Rule, assign
 from jquant.ptq.sharding import spread_batch, spread_rows
+from jquant.ptq.solver import check_finite
 from jquant.ptq.source import ModelSource, Source
 from jquant.ptq.workdir import Workdir
 

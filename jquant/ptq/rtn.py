@@ -20,7 +20,7 @@ from jquant.core.range_search import search_parameters
 from jquant.core.scheme import Scheme
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
 from jquant.nn.surgery import named_modules, replace, select
-from jquant.ptq.solver import Solution, output_loss
+from jquant.ptq.solver import Solution, check_finite, output_loss
 
 BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the output projection stay as they are
 
@@ -94,8 +94,7 @@ def selected_layers(model: nnx.Module, layers: Sequence[str] = BLOCKS) -> dict[s
 
 
 def _quantize_named(path: str, weight: jax.Array, scheme: Scheme) -> QTensor:
-    if not bool(_is_finite(weight)):
-        raise InputError(f"layer {path}: its weight holds a NaN or an infinity; weights must be finite")
+    check_finite(weight, path)
     try:
         return _quantize(weight, scheme)
     except InputError as error:
@@ -103,8 +102,3 @@ def _quantize_named(path: str, weight: jax.Array, scheme: Scheme) -> QTensor:
 
 
 _quantize = jax.jit(quantize, static_argnames="scheme")
-
-
-@jax.jit
-def _is_finite(weight: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(weight))

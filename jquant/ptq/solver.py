@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jquant.calib.gram import Gram
+from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme
 
@@ -43,3 +44,14 @@ def output_loss(
     error = w.astype(jnp.float32) - value.astype(jnp.float32)
     weighted = error if gram is None else jnp.matmul(error, gram.matrix, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(jnp.sum(weighted * error, axis=-1), axis=-1) / 2
+
+
+def check_finite(weight: jax.Array, path: str) -> None:
+    """Raises InputError naming the layer where its weight holds a NaN or an infinity."""
+    if not bool(_is_finite(weight)):
+        raise InputError(f"layer {path}: its weight holds a NaN or an infinity; weights must be finite")
+
+
+@jax.jit
+def _is_finite(weight: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(weight))
