@@ -16,6 +16,7 @@ import tyro
 from jquant.config_file import read_config_file
 from jquant.core.errors import InputError
 from jquant.evaluation.config import EvalConfig
+from jquant.hardware.advise_config import AdviseConfig
 from jquant.models.generate_config import GenerateConfig
 from jquant.ptq.config import QuantizeConfig
 from jquant.sweep.config import SweepConfig
@@ -289,6 +290,40 @@ def _formats(config: FormatsConfig) -> None:
         _console().print(render(entries))
 
 
+def _advise(config: AdviseConfig) -> None:
+    from jquant.hardware.advise_config import count
+    from jquant.hardware.qat_decision import Question, decide, device_rate, measured_rate, render
+
+    spec = _parsed_scheme(config.scheme)
+    if config.tflops is not None:
+        rate = measured_rate(config.tflops, memory_gb=config.memory)
+    else:
+        rate = device_rate(config.device or "h100-sxm", utilization=config.utilization)
+    if config.parameters is not None:
+        parameters = count(config.parameters, "parameters")
+    else:
+        from jquant.models.checkpoint import open_checkpoint
+        from jquant.nn.install import tensors_of
+
+        abstract = open_checkpoint(config.model or "").abstract()
+        parameters = sum(tensor.size for tensor in tensors_of(abstract).values())
+    decision = decide(
+        Question(
+            scheme=spec,
+            requirement=config.requirement,
+            parameters=parameters,
+            tokens=count(config.tokens, "tokens"),
+            rate=rate,
+            devices=config.devices,
+            ptq_loss_percent=config.ptq_loss,
+            tolerance_percent=config.tolerance,
+            distilled=config.distill,
+            budget_hours=config.budget,
+        )
+    )
+    print(_json(decision.as_json()) if config.json else render(decision))
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "eval": (EvalConfig, _eval),
     "sweep": (SweepConfig, _sweep),
@@ -296,6 +331,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "generate": (GenerateConfig, _generate),
     "inspect": (InspectConfig, _inspect),
     "formats": (FormatsConfig, _formats),
+    "advise": (AdviseConfig, _advise),
 }
 
 
