@@ -148,7 +148,7 @@ def quantize(
     wide = x.astype(jnp.float32)
     order = None if groups is None else jnp.argsort(groups, axis=-1, stable=True)
     tiles = to_tiles(wide if order is None else _take_columns(wide, order), scheme)
-    parameters = choose_parameters(tiles, scheme) if scale is None else _given(x, scheme, scale, zero_point)
+    parameters = choose_parameters(tiles, scheme) if scale is None else given_parameters(x, scheme, scale, zero_point)
     return _encode(x, tiles, scheme, parameters, groups, order)
 
 
@@ -257,6 +257,12 @@ def parameters_of_range(span: TileRange, scheme: Scheme, *, outer: Array | None 
     return Parameters(stored, encoding_scale(scheme.scale, target, stored), None, target)
 
 
+def tile_mean_magnitude(x: Float32[Array, "*batch out in"], scheme: Scheme) -> Float32[Array, "*batch r c"]:
+    """mean|x| of each tile; of a ragged one, of the values it has."""
+    total = jnp.sum(jnp.abs(to_tiles(x, scheme)), axis=(-3, -1))
+    return total / jnp.sum(to_tiles(jnp.ones(x.shape[-2:], jnp.float32), scheme), axis=(-3, -1))
+
+
 def _over_tile(reduce: Callable[..., Array], tiles: Array) -> Array:
     """[..., row tiles, tile rows, column tiles, tile columns] to [..., row tiles, column tiles]."""
     return reduce(tiles, axis=(-3, -1)) if tiles.shape[-3] > 1 else reduce(tiles, axis=(-1,))[..., 0, :]
@@ -336,7 +342,8 @@ def _quantize_rows(
     )
 
 
-def _given(x: Array, scheme: Scheme, scale: Array, zero_point: Array | None) -> Parameters:
+def given_parameters(x: Array, scheme: Scheme, scale: Array, zero_point: Array | None) -> Parameters:
+    """Scales and zero points that were given for x, rounded as they are stored. Raises InputError of another shape."""
     tile_rows, tile_columns = scheme.granularity.tile(*x.shape[-2:])
     expected = (*x.shape[:-2], -(-x.shape[-2] // tile_rows), -(-x.shape[-1] // tile_columns))
     if scale.shape != expected:
