@@ -180,16 +180,36 @@ def _zero_shift(x: QTensor) -> Array | None:
     return zero.astype(jnp.int32) - x.scheme.element.offset
 
 
+def multipliable(weight: Scheme, activation: Scheme, inputs: int) -> bool:
+    """Whether weights and inputs in these schemes can be multiplied as codes, over so many inputs."""
+    return _objection(weight, activation, inputs) is None
+
+
+def _objection(weight: Scheme, activation: Scheme, inputs: int) -> str | None:
+    integers = [isinstance(scheme.element, IntElement) for scheme in (weight, activation)]
+    floats = [scheme.block is None and scheme.element.name in _DTYPES for scheme in (weight, activation)]
+    if not all(integers) and not all(floats):
+        return f"both must be integers (int2 … int8), or both fp8 ({', '.join(_DTYPES)})"
+    if not isinstance(weight.granularity, Channel | Tensor) or weight.zero_point != "none":
+        return "weights must be symmetric, with scales per channel or tensor, as int8:channel"
+    if not isinstance(activation.granularity, Token | Tensor):
+        return "scales of activations are per token, as int8:token, or static, as int8:tensor"
+    bits = weight.element.bits + activation.element.bits - (1 if activation.zero_point == "integer" else 2)
+    if all(integers) and inputs >= 2 ** (31 - bits):
+        return f"over {inputs} inputs sums may exceed int32; use fewer bits or fp8"
+    return None
+
+
 def _check(weight: QTensor, activation: Scheme, scale: object | None, zero_point: object | None) -> None:
     pair = f"weights in {weight.scheme} with activations in {activation}"
-    integers = [isinstance(scheme.element, IntElement) for scheme in (weight.scheme, activation)]
-    floats = [scheme.element.name in _DTYPES for scheme in (weight.scheme, activation)]
-    if not all(integers) and not all(floats):
-        raise InputError(f"{pair}: both must be integers (int2 … int8), or both fp8 ({', '.join(_DTYPES)})")
-    if not isinstance(weight.scheme.granularity, Channel | Tensor) or weight.scheme.zero_point != "none":
-        raise InputError(f"{pair}: weights must be symmetric, with scales per channel or tensor, as int8:channel")
-    if not isinstance(activation.granularity, Token | Tensor):
-        raise InputError(f"{pair}: scales of activations are per token, as int8:token, or static, as int8:tensor")
+    objection = _objection(weight.scheme, activation, weight.matrix_shape[1])
+    if objection is not None:
+        raise InputError(f"{pair}: {objection}")
+    check_static(pair, activation, scale, zero_point)
+
+
+def check_static(pair: str, activation: Scheme, scale: object | None, zero_point: object | None) -> None:
+    """Raises InputError where a scale or zero point of the input is missing or one too many."""
     static = isinstance(activation.granularity, Tensor)
     if static != (scale is not None):
         need = "needs an input_scale, from calibration" if static else "finds its scales itself: drop input_scale"
@@ -197,9 +217,6 @@ def _check(weight: QTensor, activation: Scheme, scale: object | None, zero_point
     if (static and activation.zero_point == "integer") != (zero_point is not None):
         need = "takes no" if zero_point is not None else "needs an"
         raise InputError(f"{pair}: {activation} {need} input_zero_point")
-    bits = weight.scheme.element.bits + activation.element.bits - (1 if activation.zero_point == "integer" else 2)
-    if all(integers) and weight.matrix_shape[1] >= 2 ** (31 - bits):
-        raise InputError(f"{pair}: over {weight.matrix_shape[1]} inputs sums may exceed int32; use fewer bits or fp8")
 
 
 def _variable(value: object | None) -> InputScale | None:

@@ -1,0 +1,174 @@
+"""Layers for quantization-aware training: they take a float layer's place, with the same call.
+
+    y = x̂ · Ŵᵀ + b        x̂ and Ŵ fake-quantized (nn/fake_quant.py), the output left alone
+
+Ours (`Linear`, `ExpertLinear`, an embedding's table) are rewritten. Flax's are kept and called with the quantized
+weight in place of their own, so that all they are told (dtypes, strides, groups, padding, a dot_general) holds.
+
+Where both operands can be multiplied as codes (int8 by int8, fp8 by fp8; nn/w8a8.py) the forward pass does so: then the
+trained model gives the bits of the converted one. The backward pass multiplies x̂ and Ŵ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jquant.core.qtensor import QTensor, quantize
+from jquant.core.scheme import Token
+from jquant.nn.fake_quant import FakeQuantModule, InputQuantizer, WeightQuantizer
+from jquant.nn.kernel_matrix import from_matrix, to_matrix, weight_name
+from jquant.nn.linear import PRECISION, ExpertLinear, Linear, grouped_matmul_transposed, matmul_transposed
+from jquant.nn.rounded_input import with_weight
+from jquant.nn.w8a8 import grouped_multiply, multipliable, multiply, quantize_input
+
+
+class QATLinear(FakeQuantModule):
+    """`Linear` with a quantized weight, and a quantized input where asked."""
+
+    def __init__(self, layer: Linear, weight: WeightQuantizer, inputs: InputQuantizer | None = None) -> None:
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.weight_quantizer = weight
+        self.input_quantizer = inputs
+
+    def __call__(self, x: Float[Array, "*batch in"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch out"]:
+        """The product in `dtype`; by default in that of x."""
+        weight = self.weight_quantizer(self.weight.get_value())
+        bias = None if self.bias is None else self.bias.get_value()
+        if self.input_quantizer is None:
+            return matmul_transposed(x, weight, bias, dtype=dtype)
+        inputs = self.input_quantizer(x)
+        if not multiplies_codes(self):
+            return matmul_transposed(inputs, weight, bias, dtype=dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        codes = _codes(self, rows)
+        product = _product_of_codes(inputs.reshape(rows.shape), weight, *codes)
+        if bias is not None:
+            product = product + bias.astype(jnp.float32)
+        return product.astype(x.dtype if dtype is None else dtype).reshape(*x.shape[:-1], -1)
+
+
+class QATExpertLinear(FakeQuantModule):
+    """`ExpertLinear` with quantized weights, each expert's for itself, and a quantized input where asked."""
+
+    def __init__(self, layer: ExpertLinear, weight: WeightQuantizer, inputs: InputQuantizer | None = None) -> None:
+        self.weight = layer.weight
+        self.weight_quantizer = weight
+        self.input_quantizer = inputs
+
+    def __call__(self, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """As `ExpertLinear`."""
+        weight = self.weight_quantizer(self.weight.get_value())
+        if self.input_quantizer is None:
+            return grouped_matmul_transposed(x, weight, counts)
+        inputs = self.input_quantizer(x)
+        if not multiplies_codes(self):
+            return grouped_matmul_transposed(inputs, weight, counts)
+        return _grouped_product_of_codes(inputs, weight, counts, *_codes(self, x)).astype(x.dtype)
+
+
+class QATLayer(FakeQuantModule):
+    """A Flax layer (Linear, LinearGeneral, Einsum, Embed, Conv) that is called with a quantized weight."""
+
+    def __init__(self, layer: nnx.Module, weight: WeightQuantizer, inputs: InputQuantizer | None = None) -> None:
+        self.layer = layer
+        self.weight_quantizer = weight
+        self.input_quantizer = inputs
+
+    def __call__(self, x: Array, *arguments: Any, **named: Any) -> Array:
+        """As the layer's own call."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return self._with_weight()(x, *arguments, **named)
+
+    def attend(self, query: Array, **named: Any) -> Array:
+        """`nnx.Embed.attend` with the quantized table: logits of tied embeddings."""
+        return self._with_weight().attend(query, **named)
+
+    def _with_weight(self) -> Any:
+        kernel = getattr(self.layer, weight_name(self.layer)).get_value()
+        matrix = self.weight_quantizer(to_matrix(self.layer, kernel))
+        return with_weight(self.layer, from_matrix(self.layer, matrix, kernel.shape))
+
+
+class QATTable(FakeQuantModule):
+    """An embedding's table: stands where its Param stood, and gives the quantized rows."""
+
+    def __init__(self, table: nnx.Param[Any], weight: WeightQuantizer) -> None:
+        self.table = table
+        self.weight_quantizer = weight
+
+    def get_value(self) -> Float[Array, "vocab hidden"]:
+        """The quantized table, in the dtype of the parameter."""
+        return self.weight_quantizer(self.table.get_value())
+
+
+def multiplies_codes(layer: QATLinear | QATExpertLinear) -> bool:
+    """Whether the layer's forward pass multiplies codes, now."""
+    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    if inputs is None or not (weight.enabled and inputs.enabled) or weight.rounding != "nearest":
+        return False
+    return multipliable(weight.scheme, inputs.scheme, layer.weight.get_value().shape[-1])
+
+
+def _codes(layer: QATLinear | QATExpertLinear, rows: Array) -> tuple[QTensor, QTensor]:
+    """The operands as codes, no gradient through them."""
+    rows, weight = jax.lax.stop_gradient((rows, layer.weight.get_value()))
+    inputs = layer.input_quantizer
+    assert inputs is not None
+    if isinstance(inputs.scheme.granularity, Token):
+        codes = quantize(rows, inputs.scheme)
+    else:
+        codes = quantize_input(rows, inputs.scheme, *inputs.parameters())
+    return jax.lax.stop_gradient((codes, layer.weight_quantizer.quantize(weight)))
+
+
+@jax.custom_vjp
+def _product_of_codes(x: Array, weight: Array, x_codes: QTensor, weight_codes: QTensor) -> Array:
+    """x̂ · Ŵᵀ, computed from their codes; differentiated as the product of the two."""
+    return multiply(x_codes, weight_codes)
+
+
+def _product_forward(
+    x: Array, weight: Array, x_codes: QTensor, weight_codes: QTensor
+) -> tuple[Array, tuple[Array, Array]]:
+    return multiply(x_codes, weight_codes), (x, weight)
+
+
+def _product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array, None, None]:
+    x, weight = kept
+    gradient = cotangent.astype(x.dtype)
+    product = {"precision": PRECISION, "preferred_element_type": jnp.float32}
+    of_x = jnp.einsum("ro,oi->ri", gradient, weight.astype(x.dtype), **product)
+    of_weight = jnp.einsum("ro,ri->oi", gradient, x, **product)
+    return of_x.astype(x.dtype), of_weight.astype(weight.dtype), None, None
+
+
+_product_of_codes.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def _grouped_product_of_codes(x: Array, weight: Array, counts: Array, x_codes: QTensor, weight_codes: QTensor) -> Array:
+    """`_product_of_codes` for rows sorted by expert."""
+    return grouped_multiply(x_codes, weight_codes, counts)
+
+
+def _grouped_forward(
+    x: Array, weight: Array, counts: Array, x_codes: QTensor, weight_codes: QTensor
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return grouped_multiply(x_codes, weight_codes, counts), (x, weight, counts)
+
+
+def _grouped_backward(kept: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None, None, None]:
+    x, weight, counts = kept
+    _, pull = jax.vjp(lambda x, weight: grouped_matmul_transposed(x, weight, counts), x, weight)
+    return *pull(cotangent.astype(x.dtype)), None, None, None
+
+
+_grouped_product_of_codes.defvjp(_grouped_forward, _grouped_backward)
