@@ -14,9 +14,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jquant.core.division import exact_ratio
+from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.ggml_rows import decode_rows, encode_rows
-from jquant.core.qtensor import Parameters, _check_input, _integer, choose_parameters, from_tiles, spread, to_tiles
+from jquant.core.qtensor import (
+    Parameters,
+    _check_input,
+    _integer,
+    choose_parameters,
+    from_tiles,
+    given_parameters,
+    spread,
+    to_tiles,
+)
 from jquant.core.scales import DoubleQuantizedScale, FloatScale
 from jquant.core.scheme import Scheme
 from jquant.core.stochastic import round_stochastically
@@ -40,6 +50,8 @@ def fake_quantize(
     *,
     gradient: GradientRule = clipped_ste,
     key: PRNGKeyArray | None = None,
+    scale: Float[Array, "*batch row_tiles column_tiles"] | None = None,
+    zero_point: Array | None = None,
 ) -> Float[Array, "*batch out in"]:
     """dequantize(quantize(x, scheme)), bit for bit, with a straight-through gradient in place of zero.
 
@@ -48,14 +60,17 @@ def fake_quantize(
         scheme: static under jit.
         gradient: `clipped_ste`, `ste`, or any function of (cotangent, in_range) of its own.
         key: rounds stochastically instead of to nearest; not for ggml's block types.
-
-    Scales follow the range of x and are constants to the gradient.
+        scale: as `quantize` takes it; by default scales follow the range of x. Constants to the gradient either way.
+        zero_point: as `quantize` takes it.
 
     Raises:
-        InputError: x is no float matrix, or the scheme does not fit it.
+        InputError: x is no float matrix, the scheme does not fit it, or it is a block type of ggml and a key or scales
+            are given.
     """
     _check_input(x, scheme)
-    return _fake_quantize(scheme, gradient, x, key)
+    if scheme.block is not None and not (key is None and scale is None and zero_point is None):
+        raise InputError(f"{scheme} searches its codes and scales itself: give no scales, and round to nearest")
+    return _fake_quantize(scheme, gradient, x, key, scale, zero_point)
 
 
 def clips(scheme: Scheme) -> bool:
@@ -84,28 +99,35 @@ def round_tiles(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fake_quantize(scheme: Scheme, gradient: GradientRule, x: Array, key: Array | None) -> Array:
-    return _forward(scheme, gradient, x, key)[0]
+def _fake_quantize(
+    scheme: Scheme, gradient: GradientRule, x: Array, key: Array | None, scale: Array | None, zero_point: Array | None
+) -> Array:
+    return _forward(scheme, gradient, x, key, scale, zero_point)[0]
 
 
-def _forward(scheme: Scheme, gradient: GradientRule, x: Array, key: Array | None) -> tuple[Array, Array | None]:
+def _forward(
+    scheme: Scheme, gradient: GradientRule, x: Array, key: Array | None, scale: Array | None, zero_point: Array | None
+) -> tuple[Array, Array | None]:
     if scheme.block is not None:
         value = decode_rows(encode_rows(x.astype(jnp.float32), scheme.block), scheme.block, x.shape[-1])
         return value.astype(x.dtype), None
     tiles = to_tiles(x.astype(jnp.float32), scheme)
-    parameters = choose_parameters(tiles, scheme)
+    ranged = scale is None
+    parameters = choose_parameters(tiles, scheme) if ranged else given_parameters(x, scheme, scale, zero_point)
     _, levels, in_range = round_tiles(tiles, scheme, parameters, key)
     value = levels * spread(scheme.scale.load(parameters.stored))
     shape = (x.shape[-2], x.shape[-1])
     # What is never clipped needs no mask: then nothing is kept for the way back.
-    kept = from_tiles(in_range, shape) if clips(scheme) and gradient is not ste else None
-    return from_tiles(value, shape).astype(x.dtype), kept
+    masked = gradient is not ste and (clips(scheme) or not ranged)
+    return from_tiles(value, shape).astype(x.dtype), from_tiles(in_range, shape) if masked else None
 
 
-def _backward(scheme: Scheme, gradient: GradientRule, in_range: Array | None, cotangent: Array) -> tuple[Array, None]:
+def _backward(
+    scheme: Scheme, gradient: GradientRule, in_range: Array | None, cotangent: Array
+) -> tuple[Array, None, None, None]:
     if in_range is None:
         in_range = jnp.ones(cotangent.shape, bool)
-    return gradient(cotangent, in_range), None
+    return gradient(cotangent, in_range), None, None, None
 
 
 _fake_quantize.defvjp(_forward, _backward)

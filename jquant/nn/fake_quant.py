@@ -75,7 +75,7 @@ class WeightQuantizer(FakeQuantModule):
             raise InputError(f"{scheme} finds its codes and scales itself: use clipped_ste, rounded to nearest")
         if rounding == "stochastic" and (gradient == "lsq" or rngs is None):
             raise InputError("stochastic rounding: it goes with clipped_ste or ste, and needs a key for its choices")
-        self.scheme = scheme
+        self.scheme = self.final_scheme = scheme  # the former is wider in stages of gradual bits
         self.gradient = gradient
         self.rounding = rounding
         self.enabled = True

@@ -75,7 +75,7 @@ class RoundedInputExpertLinear(nnx.Module):
 
 
 class PackedLayer(nnx.Module):
-    """A Flax layer (Linear, LinearGeneral, Einsum, Embed, Conv) whose weight is a packed matrix, decoded for its call."""
+    """A Flax layer (Linear, LinearGeneral, Einsum, Embed, Conv) whose weight is packed, and decoded for each call."""
 
     def __init__(self, layer: nnx.Module, weight: QTensor, inputs: InputRounding | None = None) -> None:
         name = weight_name(layer)

@@ -44,6 +44,25 @@ def select(paths: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
     return [path for path in paths if path in chosen]
 
 
+def first_matches(rules: Sequence[Sequence[str]], paths: Sequence[Path]) -> dict[Path, int]:
+    """Of every path that a rule's patterns match, the first such rule, in the order of the paths.
+
+    Raises:
+        InputError: a pattern matches nothing, or a rule is never the first to match: it would do nothing.
+    """
+    first: dict[Path, int] = {}
+    for index, patterns in enumerate(rules):
+        matching = select(paths, patterns)
+        left = [path for path in matching if path not in first]
+        if not left:
+            raise InputError(
+                f"rule {', '.join(patterns)}: earlier rules take all {len(matching)} layers that it matches; "
+                "put it before them, or leave it out"
+            )
+        first |= dict.fromkeys(left, index)
+    return {path: first[path] for path in paths if path in first}
+
+
 def replace(model: nnx.Module, replacements: dict[Path, nnx.Module]) -> None:
     """Puts the given modules at the given paths, in place; a module shared by several paths is replaced for all.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme as parse_scheme
-from jquant.nn.surgery import Path, select
+from jquant.nn.surgery import Path, first_matches
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.transforms import TRANSFORMS, configured
 
@@ -134,17 +134,8 @@ def assign(recipe: Recipe, paths: Sequence[Path]) -> dict[Path, Rule]:
     Raises:
         InputError: a pattern matches nothing, or a rule is never the first to match: it would do nothing.
     """
-    first: dict[Path, Rule] = {}
-    for rule in recipe.rules:
-        matching = select(paths, rule.layers)
-        left = [path for path in matching if path not in first]
-        if not left:
-            raise InputError(
-                f"rule {', '.join(rule.layers)}: earlier rules take all {len(matching)} layers that it matches; "
-                "put it before them, or leave it out"
-            )
-        first |= dict.fromkeys(left, rule)
-    chosen = {path: first[path] for path in paths if path in first and first[path].scheme is not None}
+    first = first_matches([rule.layers for rule in recipe.rules], paths)
+    chosen = {path: recipe.rules[i] for path, i in first.items() if recipe.rules[i].scheme is not None}
     if not chosen:
         raise InputError("the recipe leaves every layer alone; give a rule with a scheme")
     return chosen
