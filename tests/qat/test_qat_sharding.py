@@ -1,0 +1,48 @@
+"""Meshes by name, and where parameters and what belongs to them lie."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from jquant.core.errors import InputError
+from jquant.qat.sharding import make_mesh, parameter_shardings, spread_rows, state_shardings
+
+
+def test_places_follow_the_paths() -> None:
+    mesh = make_mesh("data=2,fsdp=4")
+    assert mesh is not None
+    arrays = {
+        "embed.weight": jnp.zeros((257, 64)),
+        "blocks.0.q_proj.weight": jnp.zeros((32, 64)),
+        "blocks.0.odd.weight": jnp.zeros((30, 64)),
+        "blocks.0.prime.weight": jnp.zeros((7, 5)),
+        "norm.weight": jnp.zeros((64,)),
+    }
+    found = parameter_shardings(arrays, mesh)
+    assert {name: place.spec for name, place in found.items()} == {
+        "embed.weight": PartitionSpec(None, "fsdp"),
+        "blocks.0.q_proj.weight": PartitionSpec("fsdp", None),
+        "blocks.0.odd.weight": PartitionSpec(None, "fsdp"),
+        "blocks.0.prime.weight": PartitionSpec(),
+        "norm.weight": PartitionSpec(),
+    }
+    places = state_shardings(optax.adam(1.0).init(arrays), found, mesh)
+    assert places[0].mu["embed.weight"].spec == PartitionSpec(None, "fsdp")
+    assert places[0].nu["blocks.0.q_proj.weight"].spec == PartitionSpec("fsdp", None)
+    assert places[0].count.spec == PartitionSpec()
+    rows = spread_rows(jnp.zeros((3, 16, 5)), mesh)
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 2, 5)}
+
+
+def test_what_is_refused() -> None:
+    assert make_mesh("") is None
+    for spec in ("tensor=2", "data=0", "data", "data=2,data=2"):
+        with pytest.raises(InputError, match="write data=N"):
+            make_mesh(spec)
+    with pytest.raises(InputError, match="asks for 64 devices, there are 8"):
+        make_mesh("data=64")
+    with pytest.raises(InputError, match="a batch of 9 rows on 8 devices"):
+        spread_rows(jnp.zeros((1, 9)), make_mesh("data=8"))

@@ -1,0 +1,233 @@
+"""The trainer: any module and loss; microbatches, meshes and kills change nothing; what diverges is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jquant.core.errors import InputError
+from jquant.qat.config import QATConfig
+from jquant.qat.metrics import METRICS, StepRecord
+from jquant.qat.trainer import TrainResult, train
+from tests.qat.small import Net, arrays, batches, squared_error
+
+CONFIG = QATConfig(steps=8, batch=8, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2, weight_decay=0.01)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Many runs here compile the same step: it is kept."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.2), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def _config(**changes: Any) -> QATConfig:
+    return QATConfig(**{**CONFIG.as_json(), **changes})
+
+
+def _run(config: QATConfig, model: Net | None = None, **options: Any) -> tuple[Net, TrainResult, list[StepRecord]]:
+    model = Net() if model is None else model
+    heard: list[StepRecord] = []
+    result = train(model, squared_error, batches(config), config, listen=heard.append, **options)
+    return model, result, heard
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """The figures of each step, without the pace."""
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "rows_per_second"} for line in lines]
+
+
+def test_it_learns_and_everything_moves() -> None:
+    before = arrays(Net())
+    model, result, heard = _run(_config(steps=60))
+    assert [record.step for record in heard] == list(range(1, 61))
+    assert result.loss == heard[-1].loss < heard[0].loss / 2
+    assert heard[0].parts == {"mse": heard[0].loss}
+    moved = [not np.array_equal(*pair) for pair in zip(before, arrays(model), strict=True)]
+    assert sum(moved) == len(moved) - 1  # all but the key of the random stream, whose counter moves
+
+
+def test_frozen_parameters_stay() -> None:
+    model, _, _ = _run(_config(frozen=("^first",)))
+    np.testing.assert_array_equal(np.asarray(model.first.kernel), np.asarray(Net().first.kernel))
+    assert not np.array_equal(np.asarray(model.second.kernel), np.asarray(Net().second.kernel))
+    with pytest.raises(InputError, match="'third' matches nothing"):
+        _run(_config(frozen=("third",)))
+
+
+def test_quantization_parameters_have_a_rate_of_their_own() -> None:
+    model, _, _ = _run(_config(scale_learning_rate=0.0))
+    assert not np.asarray(model.log_scale.get_value()).any()
+    model, _, _ = _run(_config(scale_learning_rate=1e-2))
+    assert np.asarray(model.log_scale.get_value()).all()
+
+
+def test_microbatches_give_what_one_batch_gives() -> None:
+    def linear_loss(model: Any, batch: Any) -> Any:
+        error = jnp.mean((model.second(jnp.tanh(model.first(batch["x"]))) - batch["y"]) ** 2)
+        return error, {}
+
+    losses = []
+    for changes in ({}, {"batch": 2, "gradient_accumulation": 4}):
+        heard: list[StepRecord] = []
+        config = _config(**changes)
+        train(Net(), linear_loss, batches(config), config, listen=heard.append)
+        losses.append([record.loss for record in heard])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4", "fsdp=8"])
+def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
+    alone, _, heard = _run(_config(steps=4), Net(dropout=0.0))
+    spread, _, heard_too = _run(_config(steps=4, mesh=mesh), Net(dropout=0.0))
+    np.testing.assert_allclose([r.loss for r in heard_too], [r.loss for r in heard], rtol=1e-5)
+    for one, other in zip(arrays(alone), arrays(spread), strict=True):
+        # Adam divides a gradient that is nothing but rounding by its own size: those parameters differ most.
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=5e-4)
+    if "fsdp" in mesh:
+        assert "fsdp" in spread.first.kernel.get_value().sharding.spec  # type: ignore[union-attr]
+
+
+def test_bfloat16_computes_near_float32() -> None:
+    _, _, wide = _run(_config(steps=4), Net(dropout=0.0))
+    model, _, narrow = _run(_config(steps=4, dtype="bfloat16"), Net(dropout=0.0))
+    np.testing.assert_allclose([r.loss for r in narrow], [r.loss for r in wide], rtol=0.05)
+    assert [r.loss for r in narrow] != [r.loss for r in wide]
+    assert all(array.dtype != jnp.bfloat16 for array in arrays(model))
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, _, _ = _run(CONFIG, folder=tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(record: StepRecord) -> None:
+        if record.step == 5:  # behind the state of step 4
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(Net(), squared_error, batches(CONFIG), CONFIG, folder=tmp_path / "cut", listen=stop)
+    assert [line["step"] for line in _lines(tmp_path / "cut")] == [1, 2, 3, 4, 5]
+    resumed, result, heard = _run(CONFIG, Net(seed=7), folder=tmp_path / "cut")  # weights come from the state
+    assert result.resumed_from == 4
+    assert [record.step for record in heard] == [5, 6, 7, 8]
+    assert _lines(tmp_path / "cut") == _lines(tmp_path / "whole")
+    for one, other in zip(arrays(whole), arrays(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+    again, result, heard = _run(CONFIG, folder=tmp_path / "cut")  # all done: nothing is computed
+    assert (result.resumed_from, heard) == (8, [])
+    np.testing.assert_array_equal(arrays(again)[0], arrays(whole)[0])
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+from jquant.qat.config import QATConfig
+from jquant.qat.trainer import train
+from tests.qat.small import Net, batches, squared_error
+config = QATConfig(steps=8, batch=8, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2, weight_decay=0.01)
+folder, when = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+left = [when]
+def counted(function):
+    def call(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+os.replace, os.rename, os.unlink = map(counted, (os.replace, os.rename, os.unlink))
+pathlib.Path.replace, pathlib.Path.rename = counted(pathlib.Path.replace), counted(pathlib.Path.rename)
+train(Net(), squared_error, batches(config), config, folder=folder, listen=counted(lambda record: None))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_it_gives_the_same_curve(tmp_path: Path) -> None:
+    """Kill −9 at the n-th rename, removal or finished step: each run goes on from what the ones before it left."""
+
+    def run(folder: Path, when: int) -> int:
+        call = [sys.executable, "-c", _KILLED, str(folder), str(when)]
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        return subprocess.run(call, env=environment, capture_output=True, check=False, timeout=300).returncode
+
+    assert run(tmp_path / "whole", 0) == 0
+    codes = [run(tmp_path / "cut", when) for when in (1, 2, 3, 5, 8, 9)]
+    assert codes.count(-signal.SIGKILL) >= 4
+    assert run(tmp_path / "cut", 0) == 0
+    assert _lines(tmp_path / "cut") == _lines(tmp_path / "whole")
+
+
+def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    _run(_config(steps=3), folder=tmp_path, definition={"recipe": {"rules": [{"scheme": "int4:g32"}]}})
+    with pytest.raises(InputError, match=r'another recipe.rules.0.scheme \("int4:g32" there, "int3:g32" here\)'):
+        _run(_config(steps=3), folder=tmp_path, definition={"recipe": {"rules": [{"scheme": "int3:g32"}]}})
+    with pytest.raises(InputError, match=r"another training.learning_rate \(0.01 there, 0.02 here\)"):
+        _run(
+            _config(steps=3, learning_rate=0.02),
+            folder=tmp_path,
+            definition={"recipe": {"rules": [{"scheme": "int4:g32"}]}},
+        )
+
+
+def test_it_keeps_the_latest_states_and_the_best(tmp_path: Path) -> None:
+    figures = iter([5.0, 1.0, 4.0, 3.0])
+    config = _config(checkpoint_every=None, eval_every=2, keep=1, best="score")
+    _, result, heard = _run(config, folder=tmp_path, eval_fn=lambda model: {"score": next(figures)})
+    assert sorted(int(path.name) for path in (tmp_path / "states").iterdir()) == [4, 8]
+    assert result.best_step == 4
+    assert result.evaluation == {"score": 3.0}
+    assert [record.step for record in heard if record.evaluation] == [2, 4, 6, 8]
+    assert _lines(tmp_path)[3]["eval_score"] == 1.0
+    with pytest.raises(InputError, match="best is 'other'; the evaluation gives score"):
+        _run(_config(best="other"), folder=tmp_path / "other", eval_fn=lambda model: {"score": 1.0})
+
+
+def test_what_diverges_is_named(tmp_path: Path) -> None:
+    def explode(model: Any, batch: Any) -> Any:
+        loss, parts = squared_error(model, batch)
+        huge = jnp.max(jnp.abs(model.log_scale.get_value())) > 2.5
+        return loss + jnp.where(huge, jnp.nan, 0.0) - 1e3 * jnp.sum(model.log_scale.get_value()), parts
+
+    config = _config(steps=20, scale_learning_rate=1.0, max_grad_norm=1e6)
+    model = Net()
+    model.log_scale.set_value(jnp.full((16,), 0.5))
+    with pytest.raises(
+        InputError,
+        match=r"step 4: loss nan.*; log_scale has grown most.*0.5 at the start; the last good state is that of step 2",
+    ):
+        train(model, explode, batches(config), config, folder=tmp_path)
+    assert all(np.isfinite(array).all() for array in arrays(model))
+
+
+def test_data_that_does_not_fit_is_refused() -> None:
+    config = _config(steps=None, batch=64)
+    with pytest.raises(InputError, match="40 rows of data, and a step takes 64"):
+        train(Net(), squared_error, batches(_config()), config)
+    with pytest.raises(InputError, match=r"batches of \[8\] rows, a step takes 16"):
+        train(Net(), squared_error, batches(_config()), _config(gradient_accumulation=2))
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
+    _run(_config(steps=3, tensorboard=True), folder=tmp_path)
+    assert [path.name.startswith("events") for path in (tmp_path / "tensorboard").iterdir()] == [True]
