@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from jquant.core.division import exact_divide
 from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.qtensor import _check_input, dequantize, quantize
@@ -46,8 +47,8 @@ def pact_parameters(bound: Float[Array, ""], scheme: Scheme) -> tuple[Float32[Ar
     assert isinstance(scheme.element, Int)
     alpha = bound.astype(jnp.float32)
     if scheme.zero_point == "integer":
-        return alpha / scheme.element.highest_code, jnp.zeros((), jnp.float32)
-    return alpha / scheme.element.reach, None
+        return exact_divide(alpha, scheme.element.highest_code), jnp.zeros((), jnp.float32)
+    return exact_divide(alpha, scheme.element.reach), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -80,14 +80,12 @@ class WeightQuantizer(FakeQuantModule):
         self.rounding = rounding
         self.enabled = True
         self.rngs = rngs.fork() if rounding == "stochastic" and rngs is not None else None
-        self.log_scale = self.zero_point = None
         jax.eval_shape(
             lambda w: quantize(w, scheme), jax.ShapeDtypeStruct(matrix.shape, jnp.float32)
         )  # fits, or says why
-        if gradient == "lsq":
-            scale, zero = _start(matrix.astype(jnp.float32), scheme, start)
-            self.log_scale = FakeQuantParam(jnp.log2(scale))
-            self.zero_point = None if zero is None else FakeQuantParam(zero)
+        trained = _start(matrix.astype(jnp.float32), scheme, start) if gradient == "lsq" else (None, None)
+        self.log_scale = None if trained[0] is None else FakeQuantParam(jnp.log2(trained[0]))
+        self.zero_point = None if trained[1] is None else FakeQuantParam(trained[1])
 
     def __call__(self, matrix: Float[Array, "*stack out in"]) -> Float[Array, "*stack out in"]:
         """Ŵ in the dtype of W; W itself while not enabled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -89,12 +90,23 @@ def _holding(variable: nnx.Param[Any], quantizer: WeightQuantizer) -> nnx.Param[
 
 
 def _nearest(quantizer: WeightQuantizer, matrix: jax.Array) -> jax.Array:
-    return jax.jit(lambda m: dequantize(quantizer.quantize(m)))(matrix)
+    return jax.jit(dequantize)(_quantized(*nnx.split(quantizer), matrix))
 
 
 def _codes(quantizer: WeightQuantizer, matrix: jax.Array) -> QTensor:
     _check_started(quantizer)
-    return jax.jit(quantizer.quantize)(matrix)
+    return _quantized(*nnx.split(quantizer), matrix)
+
+
+# Trained scales come as arguments: of constants XLA would compute 2^θ itself, and not to the same bits.
+@partial(jax.jit, static_argnums=0)
+def _quantized(graphdef: nnx.GraphDef, state: nnx.State, matrix: jax.Array) -> QTensor:
+    return nnx.merge(graphdef, state).quantize(matrix)
+
+
+@partial(jax.jit, static_argnums=0)
+def _parameters(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[jax.Array, jax.Array | None]:
+    return nnx.merge(graphdef, state).parameters()
 
 
 def _check_started(quantizer: WeightQuantizer) -> None:
@@ -110,7 +122,7 @@ def _static(inputs: InputQuantizer | None) -> dict[str, Any]:
         raise InputError("quantization has not started: train on, or call jquant.qat.set_enabled(model, True)")
     if inputs.log_scale is None and float(np.asarray(inputs.seen.get_value())[3]) == 0:
         raise InputError(f"activations in {inputs.scheme}: no input was seen; run some batches first")
-    scale, zero = inputs.parameters()
+    scale, zero = _parameters(*nnx.split(inputs))
     return {"input_scale": scale, "input_zero_point": zero}
 
 
@@ -120,7 +132,8 @@ def _plain(layer: QATLinear | QATExpertLinear, weight: nnx.Param[Any]) -> Any:
     if isinstance(layer, QATExpertLinear):
         plain: Any = nnx.eval_shape(lambda: ExpertLinear(shape[0], shape[2], shape[1], rngs=nnx.Rngs(0)))
     else:
-        plain = nnx.eval_shape(lambda: Linear(shape[-1], shape[-2], rngs=nnx.Rngs(0)))
-        plain.bias = layer.bias
+        bias = layer.bias
+        plain = nnx.eval_shape(lambda: Linear(shape[-1], shape[-2], use_bias=bias is not None, rngs=nnx.Rngs(0)))
+        plain.bias = bias
     plain.weight = weight
     return plain
