@@ -1,9 +1,10 @@
 """Training of low-rank adapters over a frozen quantized model, and the ways back to one without adapters.
 
     report = add_adapters(model, (r"attn\\.[qv]_proj$",), scheme("nf4:g64:dq"), rank=16, key=jax.random.key(0))
-    optimizer = nnx.Optimizer(model, optax.adamw(2e-4), wrt=LoRAParam)      # … train …
-    merge(model)                                                            # float layers
-    requantize(model)                                                       # or packed ones again
+    optimizer = nnx.Optimizer(model, optax.adamw(2e-4), wrt=LoRAParam)      # a loop of one's own; or
+    train(model, loss, batches, QATConfig(frozen=ALL_BUT_ADAPTERS, …))      # the trainer of qat/trainer.py
+    merge(model)                                                            # float layers; or
+    requantize(model)                                                       # packed ones again
 
 What is trained is a few percent of the weights; the base may be packed by any method (GPTQ, AWQ) beforehand.
 
@@ -36,6 +37,8 @@ from jquant.nn.w8a8 import W8A8ExpertLinear, W8A8Linear
 from jquant.qat.loftq import Start, loftq
 
 Initializer = Callable[[Float[Array, "out in"], Scheme, int, PRNGKeyArray], Start]
+
+ALL_BUT_ADAPTERS = (r"^(?!.*\blora_[ab]$)",)  # of parameters' paths: what `QATConfig.frozen` takes
 
 _SUPPORTED = (Linear, nnx.Linear, QuantizedLinear)
 _REFUSED = (ExpertLinear, QuantizedExpertLinear, W8A8Linear, W8A8ExpertLinear, nnx.Conv, QuantizedConv, LoRALinear)

@@ -21,8 +21,12 @@ from jquant.nn.lora import LoRALinear, LoRAParam
 from jquant.nn.protocol import apply
 from jquant.nn.surgery import module_at, named_modules
 from jquant.ptq.rtn import quantize_layers
+from jquant.qat.batches import RowBatches
+from jquant.qat.config import QATConfig
 from jquant.qat.loftq import loftq
-from jquant.qat.lora import add_adapters, loftq_start, merge, requantize
+from jquant.qat.lora import ALL_BUT_ADAPTERS, add_adapters, loftq_start, merge, requantize
+from jquant.qat.losses import next_token_loss
+from jquant.qat.trainer import train
 from tests.tiny_checkpoint import CONFIG, tiny_model
 
 KEY = jax.random.key(3)
@@ -117,6 +121,19 @@ def test_training_reduces_the_loss_and_moves_nothing_else() -> None:
     assert (
         sum(moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, LoRAParam))) + 2
     )  # two counters
+
+
+def test_the_trainer_trains_adapters_only() -> None:
+    model = tiny_model()
+    add_adapters(model, SOME, scheme("int4:g32"), rank=4, key=KEY)
+    frozen = jax.tree.map(np.asarray, nnx.state(model, nnx.Not(LoRAParam)))
+    batches = RowBatches(np.asarray(TOKENS), batch=2, seed=0)
+    losses: list[float] = []
+    config = QATConfig(steps=4, batch=2, learning_rate=0.02, frozen=ALL_BUT_ADAPTERS)
+    train(model, next_token_loss(), batches, config, listen=lambda record: losses.append(record.loss))
+    assert losses[-1] < losses[0]
+    same = jax.tree.map(np.array_equal, frozen, nnx.state(model, nnx.Not(LoRAParam)))
+    assert all(jax.tree.leaves(same))
 
 
 def test_rematerialized_and_plain_gradients_agree() -> None:
