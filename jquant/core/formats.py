@@ -84,7 +84,7 @@ class Int:
     def encode(self, y: Float32[Array, "..."], zero_point: Array | None = None) -> UInt8[Array, "..."]:
         """Codes clip(round(y) + z, lowest, highest); z is the offset where no zero point is given."""
         if zero_point is not None:
-            return code_of_whole_float(self._clipped(y, zero_point))
+            return code_of_whole_float(self._clipped(jnp.round(y), zero_point))
         # Clipped to whole bounds first, the sum below does the rounding too: half the operations.
         return code_of_whole_float(
             jnp.clip(y, self.lowest_code - self.offset, self.highest_code - self.offset), self.offset
@@ -95,20 +95,26 @@ class Int:
         return codes.astype(jnp.float32) - zero
 
     def round(self, y: Float32[Array, "..."], zero_point: Array | None = None) -> Float32[Array, "..."]:
-        zero = self.offset if zero_point is None else zero_point
-        return self._clipped(y, zero_point) - zero
+        return self.clip(jnp.round(y), zero_point)
+
+    def clip(self, whole: Float32[Array, "..."], zero_point: Array | None = None) -> Float32[Array, "..."]:
+        """`round` of whole numbers."""
+        return self._clipped(whole, zero_point) - (self.offset if zero_point is None else zero_point)
 
     def in_range(self, y: Float32[Array, "..."], zero_point: Array | None = None) -> Bool[Array, "..."]:
-        zero = self.offset if zero_point is None else zero_point
-        code = jnp.round(y) + zero
+        return self.holds(jnp.round(y), zero_point)
+
+    def holds(self, whole: Float32[Array, "..."], zero_point: Array | None = None) -> Bool[Array, "..."]:
+        """`in_range` of whole numbers."""
+        code = whole + (self.offset if zero_point is None else zero_point)
         return (code >= self._lowest(zero_point)) & (code <= self.highest_code)
 
     def _lowest(self, zero_point: Array | None) -> int:
         return self.lowest_code if zero_point is None else 0
 
-    def _clipped(self, y: Array, zero_point: Array | None) -> Array:
+    def _clipped(self, whole: Array, zero_point: Array | None) -> Array:
         zero = self.offset if zero_point is None else zero_point
-        return jnp.clip(jnp.round(y) + zero, self._lowest(zero_point), self.highest_code)
+        return jnp.clip(whole + zero, self._lowest(zero_point), self.highest_code)
 
 
 @dataclass(frozen=True)

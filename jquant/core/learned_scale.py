@@ -102,7 +102,7 @@ def _forward(
     scheme: Scheme, factor: float, x: Array, scale: Array, zero_point: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
     parameters = given_parameters(x, scheme, scale, zero_point)
-    _, levels, _ = round_tiles(to_tiles(x.astype(jnp.float32), scheme), scheme, parameters, None)
+    levels, _ = round_tiles(to_tiles(x.astype(jnp.float32), scheme), scheme, parameters, None)
     value = levels * spread(scheme.scale.load(parameters.stored))
     return from_tiles(value, (x.shape[-2], x.shape[-1])).astype(x.dtype), (x, scale, zero_point)
 
@@ -112,7 +112,9 @@ def _backward(
 ) -> tuple[Array, Array, Array | None]:
     x, scale, zero_point = kept
     parameters: Parameters = given_parameters(x, scheme, scale, zero_point)
-    y, levels, in_range = round_tiles(to_tiles(x.astype(jnp.float32), scheme), scheme, parameters, None)
+    tiles = to_tiles(x.astype(jnp.float32), scheme)
+    levels, in_range = round_tiles(tiles, scheme, parameters, None)
+    y = tiles / spread(parameters.scale)
     gradient = to_tiles(cotangent.astype(jnp.float32), scheme)
     of_x = jnp.where(in_range, gradient, 0.0)
     of_scale = factor * jnp.sum(gradient * jnp.where(in_range, levels - y, levels), axis=(-3, -1))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from jquant.core import packing
-from jquant.core.division import exact_divide, exact_ratio
+from jquant.core.division import exact_divide, exact_ratio, whole_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Element, GGMLBlock, Int
 from jquant.core.ggml_rows import block_scales, decode_rows, encode_rows
@@ -161,7 +161,7 @@ def quantize_with(x: Float[Array, "*batch out in"], scheme: Scheme, parameters: 
 def _encode(
     x: Array, tiles: Array, scheme: Scheme, parameters: Parameters, groups: Array | None, order: Array | None
 ) -> QTensor:
-    y, zero = exact_ratio(tiles, spread(parameters.scale)), parameters.zero_point
+    y, zero = ratio_to_round(tiles, scheme, parameters), parameters.zero_point
     if zero is None:
         codes, zero_planes = scheme.element.encode(y), None
     else:
@@ -180,6 +180,12 @@ def _encode(
         dtype=np.dtype(x.dtype),
         groups=None if groups is None else groups.astype(jnp.int32),
     )
+
+
+def ratio_to_round(tiles: Float32[Array, "*batch r tr c tc"], scheme: Scheme, parameters: Parameters) -> Array:
+    """Tiles over their scale, as the element rounds them: whole already where it is an integer."""
+    divide = whole_ratio if isinstance(scheme.element, Int) else exact_ratio
+    return divide(tiles, spread(parameters.scale))
 
 
 def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*batch out in"]:
@@ -248,13 +254,18 @@ def parameters_of_range(span: TileRange, scheme: Scheme, *, outer: Array | None 
         stored = scheme.scale.store(target, None, scheme.element)
         scale = scheme.scale.load(stored)
         zero = jnp.clip(jnp.round(exact_ratio(-span.low, scale)), 0, codes)
-        return Parameters(stored, scale, zero, target)
+        return _once_a_tile(Parameters(stored, scale, zero, target))
     target = scheme.scale.target(span.high, scheme.element)
     if isinstance(scheme.scale, NestedScale):
         stored = scheme.scale.store(target, span.high, scheme.element, outer=outer)
     else:
         stored = scheme.scale.store(target, span.high, scheme.element)
-    return Parameters(stored, encoding_scale(scheme.scale, target, stored), None, target)
+    return _once_a_tile(Parameters(stored, encoding_scale(scheme.scale, target, stored), None, target))
+
+
+def _once_a_tile(parameters: Parameters) -> Parameters:
+    """Keeps a GPU from fusing this into what reads it, where it would be computed once an element."""
+    return jax.lax.platform_dependent(parameters, cpu=lambda same: same, default=jax.lax.optimization_barrier)
 
 
 def tile_mean_magnitude(x: Float32[Array, "*batch out in"], scheme: Scheme) -> Float32[Array, "*batch r c"]:
@@ -269,33 +280,13 @@ def _over_tile(reduce: Callable[..., Array], tiles: Array) -> Array:
 
 
 def _largest_magnitude(x: Array, axis: tuple[int, ...]) -> Array:
-    """max |x|."""
+    """max |x|. XLA's own reductions only: others cannot be put together across devices."""
     return jax.lax.platform_dependent(
         x,
-        cpu=partial(_largest_magnitude_by_selects, axis=axis),
-        default=partial(_largest_magnitude_by_maxima, axis=axis),
+        # On CPU a maximum of |x| takes ten times as long as one of x.
+        cpu=lambda x: jnp.maximum(jnp.max(x, axis=axis), -jnp.min(x, axis=axis)),
+        default=lambda x: jnp.max(jnp.abs(x), axis=axis),
     )
-
-
-def _largest_magnitude_by_maxima(x: Array, *, axis: tuple[int, ...]) -> Array:
-    return jnp.maximum(jnp.max(x, axis=axis), -jnp.min(x, axis=axis))
-
-
-_RUN = 32  # neighbours that are compared by selects: such runs lie within a shard, and vectorize well
-
-
-def _largest_magnitude_by_selects(x: Array, *, axis: tuple[int, ...]) -> Array:
-    """Of each run the element of largest magnitude, then the largest of those.
-
-    On CPU XLA vectorizes a select, which may skip a NaN; its maximum, which may not, takes twice the time, and one of
-    |x| ten times. What is reduced across devices has to be one of the reductions that XLA knows.
-    """
-    if x.shape[-1] % _RUN:
-        return _largest_magnitude_by_maxima(x, axis=axis)
-    runs = x.reshape(*x.shape[:-1], x.shape[-1] // _RUN, _RUN)
-    larger = partial(jax.lax.reduce, init_values=np.float32(0), dimensions=(runs.ndim - 1,))
-    largest = larger(runs, computation=lambda a, b: jax.lax.select(jnp.abs(b) > jnp.abs(a), b, a))
-    return jnp.max(jnp.abs(largest), axis=axis)
 
 
 def to_tiles(x: Array, scheme: Scheme) -> Array:
@@ -358,7 +349,7 @@ def given_parameters(x: Array, scheme: Scheme, scale: Array, zero_point: Array |
     zero = None
     if zero_point is not None:
         zero = jnp.clip(jnp.round(jnp.asarray(zero_point, jnp.float32)), 0, _integer(scheme.element).highest_code)
-    return Parameters(stored, encoding_scale(scheme.scale, target, stored), zero, target)
+    return _once_a_tile(Parameters(stored, encoding_scale(scheme.scale, target, stored), zero, target))
 
 
 def _check_input(x: Array, scheme: Scheme) -> None:

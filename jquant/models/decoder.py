@@ -8,7 +8,6 @@ family has them: embed.positions, blocks.N.attn.{q,k}_norm, blocks.N.{attn,mlp}_
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,8 +23,11 @@ from jquant.models.equivalences import equivalences
 from jquant.models.feed_forward import feed_forward
 from jquant.models.norms import RMSNorm, make_norm
 from jquant.nn.embedding import dense, embedding_rows
-from jquant.nn.linear import PRECISION, Linear, matmul_transposed
+from jquant.nn.linear import Linear, matmul_transposed
+from jquant.nn.product import einsum
 from jquant.nn.protocol import Equivalence
+
+_LONG_STRETCH = 512  # queries that attend at once where launching a kernel takes as long as a small product
 
 
 class Context(NamedTuple):
@@ -212,14 +214,13 @@ def attend(
     kv_heads = keys.shape[1]
     # Queries that share keys become rows of one matrix product: plain batched products, no repeated keys.
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads * time, dim)
-    product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
-    scores = product("bgtd,bgsd->bgts", grouped, keys) * scale
+    scores = einsum("bgtd,bgsd->bgts", grouped, keys) * scale
     if softcap is not None:
         scores = _softcapped(scores, softcap)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, time, -1)
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads * time, -1)
-    attended = product("bgts,bgsd->bgtd", weights, values)
+    attended = einsum("bgts,bgsd->bgtd", weights, values)
     return attended.astype(values.dtype).reshape(batch, heads, time, dim)
 
 
@@ -234,7 +235,8 @@ def attend_causal(
 ) -> Float[Array, "batch heads time dim"]:
     """`attend` where no query sees a later key: each stretch of queries meets the keys up to its end and no others."""
     time = queries.shape[2]
-    stretch = max(64, -(-time // 16))  # shorter ones save more of the upper triangle, longer ones make better products
+    # Shorter ones save more of the upper triangle, longer ones make better products.
+    stretch = max(64, -(-time // 16)) if jax.default_backend() == "cpu" else _LONG_STRETCH
     pieces = []
     for start in range(0, time, stretch):
         end = min(start + stretch, time)

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize
-from jquant.nn.linear import PRECISION, Quantized
+from jquant.nn.linear import Quantized
+from jquant.nn.product import PRECISION
 
 
 class QuantizedConv(nnx.Module):

@@ -95,7 +95,7 @@ class WeightQuantizer(FakeQuantModule):
             scale, zero = self.parameters()
             return fake_quantize_learned(matrix, scale, self.scheme, zero_point=zero)
         key = None if self.rngs is None else self.rngs()
-        return fake_quantize(matrix, self.scheme, gradient=_STRAIGHT[self.gradient], key=key)
+        return fake_quantize(matrix, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
 
     def quantize(self, matrix: Float[Array, "*stack out in"]) -> QTensor:
         """The packed weight whose values are Ŵ, to nearest."""

@@ -9,10 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jquant.core.qtensor import QTensor, dequantize
-
-# Products of float32 are float32's: left to itself XLA rounds their factors to TF32 on GPU and to bfloat16 on TPU. On
-# bfloat16 it changes nothing.
-PRECISION = jax.lax.Precision.HIGHEST
+from jquant.nn.product import einsum, ragged_product
 
 
 class Linear(nnx.Module):
@@ -91,14 +88,7 @@ def grouped_matmul_transposed(
     x: Float[Array, "rows in"], weight: Float[Array, "experts out in"], counts: Int[Array, " experts"]
 ) -> Float[Array, "rows out"]:
     """x_r · W_eᵀ for rows sorted by expert e, accumulated in float32, in the dtype of x."""
-    product = jax.lax.ragged_dot(
-        x,
-        weight.astype(x.dtype).swapaxes(-1, -2),
-        counts.astype(jnp.int32),
-        precision=PRECISION,
-        preferred_element_type=jnp.float32,
-    )
-    return product.astype(x.dtype)
+    return ragged_product(x, weight.astype(x.dtype), counts).astype(x.dtype)
 
 
 def matmul_transposed(
@@ -109,9 +99,7 @@ def matmul_transposed(
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch out"]:
     """x · Wᵀ + b, accumulated in float32, then rounded to `dtype`, by default that of x."""
-    product = jnp.einsum(
-        "...i,oi->...o", x, weight.astype(x.dtype), precision=PRECISION, preferred_element_type=jnp.float32
-    )
+    product = einsum("...i,oi->...o", x, weight.astype(x.dtype))
     if bias is not None:
         product = product + bias.astype(jnp.float32)
     return product.astype(x.dtype if dtype is None else dtype)

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Float32
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize
-from jquant.nn.linear import PRECISION, Linear, Quantized, QuantizedLinear, matmul_transposed
+from jquant.nn.linear import Linear, Quantized, QuantizedLinear, matmul_transposed
+from jquant.nn.product import PRECISION
 
 
 class LoRAParam(nnx.Param[Array]):

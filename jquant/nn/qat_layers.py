@@ -23,7 +23,8 @@ from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import Token
 from jquant.nn.fake_quant import FakeQuantModule, InputQuantizer, WeightQuantizer
 from jquant.nn.kernel_matrix import from_matrix, to_matrix, weight_name
-from jquant.nn.linear import PRECISION, ExpertLinear, Linear, grouped_matmul_transposed, matmul_transposed
+from jquant.nn.linear import ExpertLinear, Linear, grouped_matmul_transposed, matmul_transposed
+from jquant.nn.product import PRECISION
 from jquant.nn.rounded_input import with_weight
 from jquant.nn.w8a8 import grouped_multiply, multipliable, multiply, quantize_input
 

@@ -24,7 +24,8 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int as IntElement
 from jquant.core.qtensor import QTensor, choose_parameters, quantize
 from jquant.core.scheme import Channel, Scheme, Tensor, Token
-from jquant.nn.linear import PRECISION, ExpertLinear, Linear, Quantized
+from jquant.nn.linear import ExpertLinear, Linear, Quantized
+from jquant.nn.product import PRECISION
 
 _DTYPES = {
     "fp8_e4m3": jnp.float8_e4m3fn,

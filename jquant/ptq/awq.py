@@ -31,7 +31,8 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import from_tiles, spread, to_tiles
 from jquant.core.scheme import Scheme
 from jquant.core.ste import fake_quantize
-from jquant.nn.linear import PRECISION, ExpertLinear, Linear
+from jquant.nn.linear import ExpertLinear, Linear
+from jquant.nn.product import PRECISION
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path
 from jquant.ptq.fold import Rewrite, per_channel, weight_at

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.core.division import _divide_by_refinement, exact_divide, exact_ratio, refine
+from jquant.core.division import (
+    _divide_by_refinement,
+    _whole_by_remainder,
+    exact_divide,
+    exact_ratio,
+    refine,
+    whole_ratio,
+)
 
 
 def _significands(count: int, seed: int) -> np.ndarray:
@@ -45,3 +54,17 @@ def test_constants_and_broadcast_divisors(divisor: float) -> None:
     scale = _significands(64, 6)[:, None]
     assert np.array_equal(jax.jit(exact_divide, static_argnums=1)(jnp.asarray(a), divisor), a / np.float32(divisor))
     assert np.array_equal(jax.jit(exact_ratio)(jnp.asarray(a), jnp.asarray(scale)), a / scale)
+
+
+@pytest.mark.parametrize("run", [whole_ratio, jax.jit(_whole_by_remainder)], ids=["whole_ratio", "by remainder"])
+def test_whole_numbers_are_those_of_the_rounded_quotient(run: Callable[..., jax.Array]) -> None:
+    rng = np.random.default_rng(7)
+    significands = _significands(300_000, 8)
+    b = np.ldexp(significands, rng.integers(-60, 61, len(significands))).astype(np.float32)
+    ties = ((rng.integers(-260, 260, len(b)) + 0.5) * b).astype(np.float32)
+    near = (ties.view(np.int32) + rng.integers(-3, 4, len(b))).astype(np.int32).view(np.float32)
+    assert (np.abs(near / b - np.floor(near / b) - 0.5) == 0).sum() > 10_000
+    for a in (ties, near, (b * rng.uniform(-300, 300, len(b))).astype(np.float32), b, -b, 0 * b):
+        assert np.array_equal(np.asarray(run(jnp.asarray(a), jnp.asarray(b))), np.round(a / b))
+    far = np.asarray(run(jnp.asarray([1e30, -1e30, np.nan], jnp.float32), jnp.asarray([1e-3, 1e-3, 1], jnp.float32)))
+    assert far[0] >= 1024 and far[1] <= -1024 and np.isnan(far[2])

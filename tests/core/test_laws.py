@@ -16,7 +16,7 @@ from jquant.core.metrics import error_metrics, error_sums, summarize
 from jquant.core.qtensor import dequantize, from_tiles, quantize, spread, stored_bytes, to_tiles
 from jquant.core.scales import DoubleQuantizedScale, NestedScale
 from jquant.core.scheme import Tensor, scheme
-from jquant.core.ste import clipped_ste, fake_quantize, ste
+from jquant.core.ste import Keep, clipped_ste, fake_quantize, ste
 from tests.cases import BLOCK_SCHEMES, SCHEMES
 
 ROWS, COLUMNS = 24, 160
@@ -214,8 +214,9 @@ def test_narrow_inputs_keep_their_dtype(dtype: jnp.dtype) -> None:
     assert _same(dequantize(q), fake_quantize(x, scheme("int4:g32")))
 
 
+@pytest.mark.parametrize("keep", ["mask", "input"])
 @pytest.mark.parametrize("spec", ["int4:g32", "int4:g32:restricted", "int4:g32:asym", "int2:channel:asym"])
-def test_gradient_is_one_where_codes_were_not_clipped(spec: str) -> None:
+def test_gradient_is_one_where_codes_were_not_clipped(spec: str, keep: Keep) -> None:
     """SPEC 8, in numpy: the clip range is that of the same codes, zero point included."""
     x, parsed = _weights(ROWS, COLUMNS), scheme(spec)
     q = _quantize(x, scheme=parsed)
@@ -232,7 +233,7 @@ def test_gradient_is_one_where_codes_were_not_clipped(spec: str) -> None:
     weight = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape).astype(np.float32))
 
     def loss(x: jax.Array, rule: object) -> jax.Array:
-        return jnp.sum(weight * fake_quantize(x, parsed, gradient=rule))  # type: ignore[arg-type]
+        return jnp.sum(weight * fake_quantize(x, parsed, gradient=rule, keep=keep))  # type: ignore[arg-type]
 
     assert np.array_equal(jax.grad(loss)(x, clipped_ste), expected * weight)
     assert np.array_equal(jax.jit(jax.grad(loss), static_argnums=1)(x, ste), weight)
