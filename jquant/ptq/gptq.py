@@ -1,6 +1,6 @@
 """GPTQ: columns are rounded one after another, and what one loses the later ones make up for.
 
-    U = chol(H⁻¹), upper        q_i = round(w_i),   e_i = (w_i − q_i) / U_ii,   W[:, i:] −= e_i ⊗ U[i, i:]
+    H = R·Rᵀ, R upper        w̃_i = w_i + Σ_{k<i} (w_k − q_k)·R_ki / R_ii,   q_i = round(w̃_i)
 
 Columns with the largest H_ii come first (act-order). A group's scales come from the original weights, so that groups
 stay neighbours on disk (`static`); or from its columns as compensated so far, when its first column is reached: in the
@@ -8,8 +8,9 @@ original order (`none`), or with groups formed in that of H_ii (`dynamic`).
 
 Reference: Frantar et al., 2210.17323, and SPEC 4. Departures: by default a group's range is the one that costs the
 output least, errors weighted by H_jj (SmolLM2, int4 g64: perplexity 41.1, against 44.3 with the original's search
-of |e|^2.4 and 47.8 without); U comes from one factorization and one triangular inverse
-(of H in reversed order) instead of three; the last group may be shorter.
+of |e|^2.4 and 47.6 without); no inverse of H is formed: with U = chol(H⁻¹) = R⁻¹ the paper subtracts
+e_i = (w̃_i − q_i) / U_ii times U[i, i:] from what is left of W, and e·U = w − q makes both the same; the last group may
+be shorter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from jquant.core.qtensor import QTensor, choose_parameters
 from jquant.core.range_search import RangeSearch, scheme_of_search, search_parameters
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
-from jquant.ptq.inverse_cholesky import inverse_cholesky
+from jquant.ptq.cholesky import inverse_upper, upper_cholesky
 from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
@@ -63,12 +64,13 @@ class GPTQConfig:
 class Factor(NamedTuple):
     """Of one Gram matrix and one order of its columns; serves every scheme and every layer that reads the input."""
 
-    upper: Float[Array, "*batch in in"]  # U, columns in the order of `order`
+    share: Float[Array, "*batch in in"]  # R_ki / R_ii, columns in the order of `order`: 1 on the diagonal, 0 below
+    root: Float[Array, "*batch in"]  # R_ii, columns likewise
     order: Int[Array, "*batch in"]
     diagonal: Float[Array, "*batch in"]  # of H, by original column
     dead: Bool[Array, "*batch in"]  # inputs that were always 0, by original column
     damping: Float[Array, "*batch"]  # λ that was added, as a multiple of the mean diagonal
-    fallback: Bool[Array, "*batch"]  # no damping gave a factor: U is the identity, and rounding is to nearest
+    fallback: Bool[Array, "*batch"]  # no damping gave a factor: R is the identity, and rounding is to nearest
 
 
 def solve(
@@ -94,7 +96,7 @@ def solve(
 
 
 def factorize(gram: Gram, *, config: GPTQConfig) -> Factor:
-    """U of H + λI; λ is raised tenfold until the factor is finite (SPEC 4)."""
+    """R of H + λI; λ is raised tenfold until the factor is finite (SPEC 4)."""
     return _factorize(gram.matrix, config)
 
 
@@ -102,8 +104,8 @@ def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, con
     """`solve` with a factor made before. Rows are independent; vmap over both for a stack of layers."""
     if scheme.block is not None:
         raise InputError(f"GPTQ to {scheme}: a block type of ggml searches its own scales; use it with rtn")
-    if w.shape[-1] != factor.upper.shape[-1]:
-        raise InputError(f"weight of {w.shape[-1]} inputs, Gram matrix of {factor.upper.shape[-1]}: they must agree")
+    if w.shape[-1] != factor.root.shape[-1]:
+        raise InputError(f"weight of {w.shape[-1]} inputs, Gram matrix of {factor.root.shape[-1]}: they must agree")
     scheme.granularity.tile(*w.shape)
     return _solve(w, factor, scheme, config)
 
@@ -112,26 +114,31 @@ def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, con
 def _factorize(matrix: Array, config: GPTQConfig) -> Factor:
     diagonal = jnp.diagonal(matrix)
     dead = diagonal == 0
-    order = jnp.arange(len(diagonal)) if config.act_order == "none" else jnp.argsort(-diagonal)
-    matrix = (matrix + jnp.diag(dead.astype(jnp.float32)))[order][:, order]
-    # chol(H⁻¹) upper = P·chol(P·H·P)⁻¹·P with P the reversal: no inverse of H is formed.
-    turned, mean = matrix[::-1, ::-1], jnp.mean(jnp.diagonal(matrix))
-    identity = jnp.eye(len(order), dtype=jnp.float32)
+    if config.act_order == "none":
+        order = jnp.arange(len(diagonal))
+    else:
+        order = jnp.argsort(-diagonal)
+        matrix = matrix.at[order[:, None], order].get(mode="promise_in_bounds")
+    ones = dead[order].astype(jnp.float32)
+    mean = jnp.mean(diagonal[order] + ones)
 
     def damping_of(tries: Array) -> Array:
         return config.damping * jnp.float32(10) ** (tries - 1)
 
     def failed(state: tuple[Array, Array]) -> Array:
-        return (state[0] < _TRIES) & ~jnp.all(jnp.isfinite(state[1]))
+        # H bounds the rows of R, so what is not finite in R shows on its diagonal.
+        return (state[0] < _TRIES) & ~jnp.all(jnp.isfinite(jnp.diagonal(state[1])))
 
     def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
         tries = state[0] + 1
-        return tries, inverse_cholesky(turned + damping_of(tries) * mean * identity)[::-1, ::-1]
+        return tries, upper_cholesky(matrix + jnp.diag(ones + damping_of(tries) * mean))
 
-    tries, upper = jax.lax.while_loop(failed, again, (jnp.int32(0), jnp.full_like(turned, jnp.nan)))
-    fallback, damping = ~jnp.all(jnp.isfinite(upper)), damping_of(tries)
-    upper = jnp.where(fallback, identity, upper)
-    return Factor(upper, order, diagonal, dead, damping, fallback)
+    tries, upper = jax.lax.while_loop(failed, again, (jnp.int32(0), jnp.full_like(matrix, jnp.nan)))
+    root, damping = jnp.diagonal(upper), damping_of(tries)
+    fallback = ~jnp.all(jnp.isfinite(root))
+    root = jnp.where(fallback, 1.0, root)
+    share = jnp.where(fallback, jnp.eye(len(root)), upper / root)
+    return Factor(share, root, order, diagonal, dead, damping, fallback)
 
 
 class _Parameters(NamedTuple):
@@ -142,20 +149,29 @@ class _Parameters(NamedTuple):
     zero: Array  # [groups, row tiles]
 
 
+class _Part(NamedTuple):
+    """Columns side by side, in order: what became of them, and 0 where none has been rounded yet."""
+
+    errors: Array  # [columns, out]: w − q
+    codes: Array  # [columns, out] uint8
+
+
 class _State(NamedTuple):
-    errors: Array  # [columns in order, out]: e, and 0 where no column has been rounded yet
-    codes: Array  # [columns in order, out] uint8
     parameters: _Parameters
+    loss: Array  # [1, out] Σ (w̃ − q)²·R_ii²
 
 
 class _Problem(NamedTuple):
     """What stays the same while columns are rounded."""
 
-    weight: Array  # [columns in order, out]
-    upper: Array
+    weight: Array  # [columns, out]
+    order: Array  # of columns
+    share: Array  # of columns in order, as all below
+    root: Array
     place: Array  # the group of each column
     outer: Array | None  # second level of nested scales
-    importance: Array  # [columns in order] H_jj, by which ranges are searched
+    importance: Array  # H_jj, by which ranges are searched
+    settle: Array | None  # [groups, group, group] inverses of `share` inside groups; see `_open_group`
 
 
 @partial(jax.jit, static_argnames=("scheme", "config"))
@@ -165,35 +181,39 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig) -> Solu
     levels = _levels(group, config)
     width = -(-columns // levels[0]) * levels[0]
     weight = jnp.where(factor.dead, 0.0, w.astype(jnp.float32))
-    padded = jnp.pad(weight, ((0, 0), (0, width - columns)))
+    turned = weight.T
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
+    share = jnp.pad(factor.share, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
     problem = _Problem(
-        weight=padded.T[order],
-        upper=jnp.pad(factor.upper, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1)),
+        weight=jnp.pad(turned, ((0, width - columns), (0, 0))),
+        order=order,
+        share=share,
+        root=jnp.pad(factor.root, (0, width - columns)),
         place=(order if config.act_order == "static" else jnp.arange(width)) // group,
         outer=outer_scale(scheme.scale, weight, scheme.element),
         importance=jnp.pad(factor.diagonal, (0, width - columns))[order],
+        settle=None if config.act_order == "static" or group == width else inverse_upper(_on_diagonal(share, group)),
     )
     tile_rows = scheme.granularity.tile(rows, columns)[0]
     ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
-    state = _State(
-        errors=jnp.zeros((width, rows), jnp.float32),
-        codes=jnp.zeros((width, rows), jnp.uint8),
-        parameters=_Parameters(ones, ones, jnp.zeros_like(ones)),
-    )
+    state = _State(_Parameters(ones, ones, jnp.zeros_like(ones)), jnp.zeros((1, rows), jnp.float32))
     if config.act_order == "static":
-        whole = jnp.pad(weight, ((0, 0), (0, -columns % group)))
+        whole = jnp.pad(turned, ((0, -columns % group), (0, 0)))
         importance = jnp.pad(factor.diagonal, (0, -columns % group))
-        state = state._replace(parameters=_choose(whole.T, importance, scheme, group, config, problem.outer))
-    state = _round_columns(problem, state, problem.weight, 0, levels, scheme, group, config)
-    codes = jnp.zeros_like(state.codes).at[order].set(state.codes).T[:, :columns]
+        state = state._replace(parameters=_choose(whole, importance, scheme, group, config, problem.outer))
+    part, state = _round_columns(problem, state, None, 0, width, levels, scheme, group, config)
+    codes = jnp.zeros_like(part.codes).at[order].set(part.codes).T[:, :columns]
     groups = None
     if config.act_order == "dynamic" and group < columns:
         groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[:columns])
     q = _assemble(codes, state.parameters, scheme, (rows, columns), problem.outer, np.dtype(w.dtype), groups)
-    errors = state.errors[:columns]
-    loss = jnp.sum(jnp.sum(errors * errors, axis=-1)) / 2
-    return Solution(q, loss, factor.damping, factor.fallback)
+    return Solution(q, jnp.sum(state.loss) / 2, factor.damping, factor.fallback)
+
+
+def _on_diagonal(matrix: Array, size: int) -> Array:
+    """The blocks on the diagonal, [columns / size, size, size]."""
+    count = len(matrix) // size
+    return matrix.reshape(count, size, count, size)[jnp.arange(count), :, jnp.arange(count)]
 
 
 def _levels(group: int, config: GPTQConfig) -> tuple[int, ...]:
@@ -224,64 +244,81 @@ def _divisor(size: int, limit: int) -> int:
 def _round_columns(
     problem: _Problem,
     state: _State,
-    here: Array,
+    here: Array | None,
     start: Array | int,
+    length: int,
     levels: tuple[int, ...],
     scheme: Scheme,
     group: int,
     config: GPTQConfig,
-) -> _State:
-    """Rounds the columns `here`, which begin at `start`, in parts of levels[0] columns."""
+) -> tuple[_Part, _State]:
+    """Rounds `length` columns from `start` on, in parts of levels[0].
+
+    `here` are they, compensated for all before them; None where that is nothing, as all are rounded.
+    """
     size, *smaller = levels
 
-    def one_part(index: Array, state: _State) -> _State:
+    def one_part(index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
+        done, state = carry
         at = start + index * size
-        part = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
-        part = part - _compensation(problem, state.errors, start, len(here), at, size)
+        if here is None:
+            columns = _columns(problem, at, size)
+        else:
+            columns = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
+        columns = columns + _compensation(problem, done.errors, start, index * size, size)
         if size == group and config.act_order != "static":
-            state = _open_group(problem, state, part, at // group, scheme, config)
+            state = _open_group(problem, state, columns, at, scheme, config)
         if smaller:
-            return _round_columns(problem, state, part, at, tuple(smaller), scheme, group, config)
-        return _round_column(problem, state, part, at, scheme)
+            found, state = _round_columns(problem, state, columns, at, size, tuple(smaller), scheme, group, config)
+        else:
+            found, state = _round_column(problem, state, columns, at, scheme)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * size, axis=0)
+        return _Part(put(done.errors, found.errors), put(done.codes, found.codes)), state
 
-    return jax.lax.fori_loop(0, len(here) // size, one_part, state)
+    shape = (length, problem.weight.shape[1])
+    nothing = _Part(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.uint8))
+    return jax.lax.fori_loop(0, length // size, one_part, (nothing, state))
 
 
-def _compensation(problem: _Problem, errors: Array, start: Array | int, length: int, at: Array, size: int) -> Array:
-    """What the columns from `start` to `at`, of `length` in all, leave to the `size` columns from `at` on; [size, out].
+def _columns(problem: _Problem, at: Array, size: int) -> Array:
+    """So many columns of W in order, from the one at `at` on; [size, out]."""
+    chosen = jax.lax.dynamic_slice_in_dim(problem.order, at, size)
+    return problem.weight.at[chosen].get(mode="promise_in_bounds")
+
+
+def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int) -> Array:
+    """What `errors` of the columns from `start` on leave to the `size` columns after the `done` first; [size, out].
 
     The errors of columns not rounded yet are 0, so slices need no exact end.
     """
-    rows = errors.shape[1]
+    length, rows = errors.shape
 
     def of_span(span: int, begin: Array | int) -> Array:
-        weights = jax.lax.dynamic_slice(problem.upper, (begin, at), (span, size))
+        shares = jax.lax.dynamic_slice(problem.share, (start + begin, start + done), (span, size))
         left = jax.lax.dynamic_slice(errors, (begin, 0), (span, rows))
-        return jnp.matmul(weights.T, left, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(shares.T, left, precision=jax.lax.Precision.HIGHEST)
 
     span = _divisor(length // size, max(1, _SPAN // size)) * size
     if span == length:
-        return of_span(length, start)
+        return of_span(length, 0)
     return jax.lax.fori_loop(
         0,
-        (at - start + span - 1) // span,
-        lambda index, sum_: sum_ + of_span(span, start + index * span),
+        (done + span - 1) // span,
+        lambda index, sum_: sum_ + of_span(span, index * span),
         jnp.zeros((size, rows), jnp.float32),
     )
 
 
-def _round_column(problem: _Problem, state: _State, column: Array, at: Array, scheme: Scheme) -> _State:
+def _round_column(problem: _Problem, state: _State, column: Array, at: Array, scheme: Scheme) -> tuple[_Part, _State]:
     rows = column.shape[1]
-    place = problem.place[at]
     scale, zero = (
-        _of_rows(jax.lax.dynamic_slice_in_dim(each, place, 1, axis=0), rows) for each in state.parameters[1:]
+        _of_rows(jax.lax.dynamic_slice_in_dim(each, problem.place[at], 1, axis=0), rows)
+        for each in state.parameters[1:]
     )
     code, value = _round(column, scale, zero, scheme)
-    error = (column - value) / problem.upper[at, at]
-    return state._replace(
-        errors=jax.lax.dynamic_update_slice_in_dim(state.errors, error, at, axis=0),
-        codes=jax.lax.dynamic_update_slice_in_dim(state.codes, code, at, axis=0),
-    )
+    lost = (column - value) * problem.root[at]
+    part = _Part(_columns(problem, at, 1) - value, code)
+    return part, state._replace(loss=state.loss + lost * lost)
 
 
 def _round(column: Array, scale: Array, zero: Array, scheme: Scheme) -> tuple[Array, Array]:
@@ -302,11 +339,21 @@ def _of_rows(per_tile: Array, rows: int) -> Array:
 
 
 def _open_group(
-    problem: _Problem, state: _State, columns: Array, index: Array, scheme: Scheme, config: GPTQConfig
+    problem: _Problem, state: _State, columns: Array, at: Array, scheme: Scheme, config: GPTQConfig
 ) -> _State:
-    """Chooses the parameters of the group that `columns`, compensated by now, make up."""
-    importance = jax.lax.dynamic_slice_in_dim(problem.importance, index * len(columns), len(columns))
-    found = _choose(columns, importance, scheme, len(columns), config, problem.outer)
+    """Chooses the parameters of the group that begins at `at`; `columns` are compensated for all before it.
+
+    Each of them for itself, that is: w_j + c_j, c_j = Σ_{k<at} (w_k − q_k)·R_kj / R_jj. The weights that are best while
+    nothing in the group is rounded are w + s, and moved by s they leave something to each other as errors do: s solves
+    s_j + Σ_{at≤k<j} s_k·R_kj / R_jj = c_j.
+    """
+    size, index = len(columns), at // len(columns)
+    importance = jax.lax.dynamic_slice_in_dim(problem.importance, at, size)
+    if problem.settle is not None:
+        weight = _columns(problem, at, size)
+        moves = jnp.matmul(problem.settle[index].T, columns - weight, precision=jax.lax.Precision.HIGHEST)
+        columns = weight + moves
+    found = _choose(columns, importance, scheme, size, config, problem.outer)
     parameters = (
         jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0)
         for whole, part in zip(state.parameters, found, strict=True)

@@ -13,9 +13,9 @@ from jquant.calib import gram
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import scheme
-from jquant.ptq import gptq, rtn
+from jquant.ptq import cholesky, gptq, rtn
+from jquant.ptq.cholesky import upper_cholesky
 from jquant.ptq.gptq import GPTQConfig
-from jquant.ptq.inverse_cholesky import inverse_cholesky
 
 ROWS, COLUMNS = 48, 160
 RNG = np.random.default_rng(0)
@@ -214,15 +214,25 @@ def test_dead_inputs_become_zero() -> None:
         assert float(found.damping) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("size", [512, 513, 1100])
-def test_the_inverse_factor_in_halves(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 128, 300, 513, 1100])
+def test_the_cholesky_factor_in_halves_and_at_once(size: int) -> None:
     rows = np.random.default_rng(size).standard_normal((size + 50, size))
     matrix = rows.T @ rows / len(rows) + 0.01 * np.eye(size)
-    found = inverse_cholesky(jnp.asarray(matrix, jnp.float32))
-    expected = np.linalg.inv(np.linalg.cholesky(matrix))
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
-    assert not np.triu(found, 1).any()
-    assert not np.isfinite(inverse_cholesky(jnp.asarray(-matrix, jnp.float32))).all()
+    expected = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
+    for factor in (upper_cholesky, cholesky._at_once):  # what the platform takes; what others than CPU do
+        found = factor(jnp.asarray(np.triu(matrix), jnp.float32))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        assert not np.tril(found, -1).any()
+        assert not np.isfinite(np.diagonal(factor(jnp.asarray(-matrix, jnp.float32)))).all()
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100, 257])
+def test_the_inverse_of_a_triangle(size: int) -> None:
+    rows = np.random.default_rng(size).standard_normal((2, 2 * size + 50, size))
+    upper = np.linalg.cholesky(np.swapaxes(rows, 1, 2) @ rows / size).swapaxes(1, 2)
+    found = cholesky.inverse_upper(jnp.asarray(upper, jnp.float32))
+    np.testing.assert_allclose(found, np.linalg.inv(upper), atol=1e-5 * np.abs(np.linalg.inv(upper)).max())
+    assert not np.tril(found, -1).any()
 
 
 def test_damping_is_raised_until_it_helps_and_reported() -> None:
