@@ -4,9 +4,9 @@
     [R₁ M; 0 R₂]⁻¹ = [R₁⁻¹  −R₁⁻¹·M·R₂⁻¹; 0  R₂⁻¹]
 
 In halves nearly all of the work is matrix products. On CPU the factor is made so, and BLAS gets no triangle to solve
-and, up to 2048, none wider than 128 to factorize: it starts threads of its own, which on a busy machine wait for each other up to a
-hundred times as long as the work takes. An accelerator would spend its time on starting many small kernels one after
-another: there its own factorization does it.
+and, up to 2048, none wider than 128 to factorize: it starts threads of its own, which on a busy machine wait for each
+other up to a hundred times as long as the work takes. An accelerator would spend its time on starting many small
+kernels one after another: there its own factorization does it.
 """
 
 from __future__ import annotations
