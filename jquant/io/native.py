@@ -37,13 +37,9 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import scheme
 from jquant.io.atomic import replacing
+from jquant.io.folder_lock import LOCKS, locked_folder
 from jquant.io.json_file import read_json
 from jquant.io.mapped import TensorInfo, shown
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, what killed writers left stays until somebody removes it
-    fcntl = None
 
 DESCRIPTION = "jquant.json"
 ARRAYS = "arrays"
@@ -284,7 +280,7 @@ def _appearing(path: Path) -> Iterator[Path]:
     _remove_abandoned(path)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        with _locked(folder):
+        with locked_folder(folder):
             yield folder
             folder.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
             folder.replace(path)
@@ -294,23 +290,9 @@ def _appearing(path: Path) -> Iterator[Path]:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes what killed writers of `path` left; the folder of one still at work is locked."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.partial") if fcntl else ():
-        with contextlib.suppress(OSError), _locked(folder):
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.partial") if LOCKS else ():
+        with contextlib.suppress(OSError, InputError), locked_folder(folder):
             shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which ends with the process. Raises OSError where another process holds it."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _assembled(

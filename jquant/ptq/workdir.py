@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,13 +24,9 @@ import numpy as np
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.io.atomic import replacing
+from jquant.io.folder_lock import locked_folder
 from jquant.io.json_file import read_json
 from jquant.io.native import ARRAYS, DESCRIPTION, complete, read_part, write_part
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, two runs in one folder are not told from each other
-    fcntl = None
 
 _DEFINITION = "definition.json"
 _PARTS = "parts"
@@ -135,15 +130,14 @@ def open_workdir(path: Path, definition: Mapping[str, Any]) -> Iterator[Workdir]
         InputError: it holds another run, is in use, or cannot be made.
     """
     definition = json.loads(json.dumps(definition))  # as it will be read back
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / DESCRIPTION).exists():
-            (path / _PARTS).mkdir(exist_ok=True)
-            (path / ARRAYS).mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
-    with _locked(path):
+    with locked_folder(path):
         workdir = Workdir(path)
+        try:
+            if not workdir.is_complete:
+                (path / _PARTS).mkdir(exist_ok=True)
+                (path / ARRAYS).mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
         if (path / _DEFINITION).exists():
             _check_same(path, read_json(path / _DEFINITION), definition)
         elif not workdir.is_complete:
@@ -164,20 +158,3 @@ def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any])
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise InputError(f"{folder}: another process is at work there; wait for it, or choose another --out") from error
-    try:
-        yield
-    finally:
-        os.close(handle)
