@@ -63,7 +63,8 @@ def test_no_product_of_a_step_in_bfloat16_has_wide_operands() -> None:
     products = [equation for equation in _equations(step.jaxpr) if equation.primitive.name == "dot_general"]
     assert len(products) >= 3
     for equation in products:
-        assert {variable.aval.dtype for variable in equation.invars} == {jnp.dtype(jnp.bfloat16)}
+        kinds = {variable.aval.dtype for variable in equation.invars}  # pyright: ignore[reportAttributeAccessIssue]
+        assert kinds == {jnp.dtype(jnp.bfloat16)}
 
 
 def _equations(jaxpr: jax.extend.core.Jaxpr) -> list[jax.extend.core.JaxprEqn]:
