@@ -13,10 +13,12 @@ from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.nn.linear import Quantized
 from jquant.nn.matrices import LAYERS, packed_layer
+from jquant.nn.rounded_input import RoundedInputExpertLinear, RoundedInputLinear, input_quantized_layer
 from jquant.nn.surgery import Path, module_at, replace
-from jquant.nn.w8a8 import W8A8ExpertLinear, W8A8Linear, w8a8_layer
+from jquant.nn.w8a8 import W8A8ExpertLinear, W8A8Linear
 
-# Names of what a layer that quantizes its input with fixed scales holds beside its weight.
+# Names of what a layer that quantizes its input with fixed scales holds beside its weight; where it multiplies floats,
+# under `inputs`.
 STATIC = ("input_scale", "input_zero_point")
 
 
@@ -32,6 +34,8 @@ def activations_of(module: nnx.Module, *, prefix: str = "") -> dict[Path, str]:
     for path, layer in nnx.iter_graph(module):
         if isinstance(layer, W8A8Linear | W8A8ExpertLinear):
             found[prefix + ".".join(map(str, path))] = str(layer.activation)
+        elif isinstance(layer, RoundedInputLinear | RoundedInputExpertLinear):
+            found[prefix + ".".join(map(str, path))] = str(layer.inputs.activation)
     return found
 
 
@@ -58,8 +62,8 @@ def install(module: nnx.Module, tensors: Mapping[Path, Any], activations: Mappin
                 raise InputError(f"tensor for {path} has no place in the model")
             variable.set_value(jnp.asarray(value))
         elif owner in activations:
-            static = {key: tensors.get(f"{owner}.{key}") for key in STATIC}
-            layers[owner] = w8a8_layer(layer, value, activation=scheme(activations[owner]), **static)  # pyright: ignore[reportArgumentType]
+            static = {key: tensors.get(f"{owner}.{key}", tensors.get(f"{owner}.inputs.{key}")) for key in STATIC}
+            layers[owner] = input_quantized_layer(layer, value, activation=scheme(activations[owner]), **static)  # pyright: ignore[reportArgumentType]
         elif isinstance(layer, LAYERS):
             layers[owner] = packed_layer(layer, value)
         elif isinstance(getattr(layer, name, None), nnx.Param):  # an embedding
