@@ -76,7 +76,8 @@ def quantize_checkpoint(
         if workdir.is_complete:  # an earlier run was stopped on its last step
             workdir.publish(out)
             return Coverage.from_json(read_json(out / "coverage.json"))
-        expected = estimate(rules, shapes, tokens=0 if calibration is None else calibration.tokens.size)
+        tokens = 0 if calibration is None else calibration.tokens.size
+        expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize)
         on_estimate(expected)
         expected.check(on_disk=spill)
         store = OnDisk(workdir.path) if spill else InMemory()

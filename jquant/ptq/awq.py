@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ from jquant.core.ste import fake_quantize
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.product import PRECISION
 from jquant.nn.protocol import Equivalence
-from jquant.nn.surgery import Path
-from jquant.ptq.fold import Rewrite, per_channel, weight_at
+from jquant.nn.surgery import Path, module_at
+from jquant.ptq.fold import Rewrite, fold, fold_gram, per_channel, weight_at
 from jquant.ptq.trial import Arguments, output_errors, some_inputs
 
 UNCLIPPED = ("q_proj", "k_proj")  # layers whose output meets a softmax, where clipping does harm (SPEC 5)
@@ -68,6 +68,62 @@ class Clipped(NamedTuple):
     weight: Float[Array, "*experts out in"]
     before: Float[Array, "*experts"]
     after: Float[Array, "*experts"]
+
+
+class Seen(NamedTuple):
+    """What the float block's layers read, by path; experts have theirs each."""
+
+    absmean: Mapping[Path, Array]
+    grams: Mapping[Path, Gram]  # layers that read the same input have the same one
+    calls: Mapping[Path, Sequence[Arguments]]  # of the places' parents, but for those that are layers themselves
+
+
+def rewrite(
+    block: nnx.Module,
+    places: Sequence[Equivalence],
+    schemes: Mapping[Path, Scheme],
+    seen: Seen,
+    *,
+    config: AWQConfig | None = None,
+) -> tuple[list[Rewrite], dict[Path, Gram]]:
+    """Scales a block at every place, then clips every layer but those that meet a softmax.
+
+    Args:
+        block: float; changed in place.
+        places: whose consumers all have a scheme.
+        schemes: of all layers that will be quantized, by path in the block.
+        seen: of all these layers.
+        config: by default with clipping.
+
+    Returns:
+        What was found at each place, and the Gram matrices of the layers' inputs as they are now.
+    """
+    config = AWQConfig() if config is None else config
+    rewrites, grams = [], dict(seen.grams)
+    for place in places:
+        first = place.consumers[0]
+        inside = place.parent in place.consumers
+        found = search(
+            block,
+            place,
+            jnp.asarray(seen.absmean[first]),
+            schemes,
+            inputs=seen.calls.get(place.parent, ()),
+            gram=seen.grams[first] if inside else None,
+            config=config,
+        )
+        fold(block, place, found.scales)
+        folded: Gram = _fold_gram(seen.grams[first], found.scales)
+        grams |= dict.fromkeys(place.consumers, folded)
+        rewrites.append(found)
+    for path, scheme in schemes.items() if config.clip else ():
+        if not path.endswith(UNCLIPPED):
+            layer: Any = module_at(block, path)
+            layer.weight.set_value(clip_search(weight_at(block, path), grams[path], scheme, config=config).weight)
+    return rewrites, grams
+
+
+_fold_gram = jax.jit(fold_gram)
 
 
 def search(

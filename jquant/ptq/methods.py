@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jquant.core.errors import InputError
 from jquant.ptq import gptq, hqq, rtn
 from jquant.ptq.solver import Solution, Solve
 
@@ -31,10 +30,3 @@ SOLVERS: dict[str, Method] = {
     ),
     "hqq": Method(hqq.solve, hqq.HQQConfig(), needs_gram=False),
 }
-
-
-def method(name: str) -> Method:
-    """The solver of this name. Raises InputError that lists the names where there is none."""
-    if name not in SOLVERS:
-        raise InputError(f"method {name!r}: unknown; there are {', '.join(SOLVERS)}")
-    return SOLVERS[name]

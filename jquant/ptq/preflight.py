@@ -2,8 +2,9 @@
 
 operations   2 · weights · tokens of forward passes, 2 · in² · tokens a distinct input of Gram matrices, and the
              columns of GPTQ: about 2 · out · in² a layer, and 2/3 · in³ + in³ a factor
-memory       two blocks, the states of all calibration tokens at the block's entrance and at its layers, and the
-             Gram matrix and factor of the widest layer
+memory       two blocks, the embedding and the output projection, which may stand beside them; the states of all
+             calibration tokens at the block's entrance and at its layers; and the Gram matrix and factor of the
+             widest layer
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def estimate(
             operations += copies * (2 * rows * columns**2 + 5 / 3 * columns**3)
     widest = max((shapes[path] for path in rules), key=lambda shape: shape[-1])
     largest = max((sum(math.prod(shapes[path]) for path in paths) for paths in blocks.values()), default=0)
+    outer = sum(math.prod(shape) for path, shape in shapes.items() if not path.startswith("blocks."))
     activations = 0
     if needs_data:
         inner = [shapes[path] for path in next(iter(blocks.values()), [])]
@@ -88,7 +90,7 @@ def estimate(
     return Estimate(
         operations=operations,
         seconds=seconds,
-        weight_bytes=2 * largest * itemsize,
+        weight_bytes=(2 * largest + outer) * itemsize,
         activation_bytes=activations,
         statistic_bytes=4 * 4 * math.prod(widest[:-2]) * widest[-1] ** 2 + 6 * 4 * math.prod(widest),
         available_bytes=_available(),

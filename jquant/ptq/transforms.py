@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jquant.calib import absmax, absmean, gram
 from jquant.calib.gram import Gram
@@ -22,7 +21,7 @@ from jquant.nn.surgery import Path, module_at
 from jquant.ptq import awq, smoothquant
 from jquant.ptq.coverage import TransformReport
 from jquant.ptq.data import Data
-from jquant.ptq.fold import Rewrite, fold, fold_gram, weight_at
+from jquant.ptq.fold import Rewrite, fold
 
 
 class Task(NamedTuple):
@@ -70,30 +69,12 @@ def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[s
 
 
 def _awq(task: Task, config: awq.AWQConfig) -> list[TransformReport]:
-    """Scales at every place, then clipping of every layer but those that meet a softmax."""
     seen = _observe(task, config.search_tokens)
     schemes = {path: scheme(weight) for path, (weight, _) in task.schemes.items()}
-    grams, reports = dict(seen.grams), []
-    for place in task.places:
-        first = place.consumers[0]
-        inside = place.parent in place.consumers
-        found = awq.search(
-            task.block,
-            place,
-            seen.absmean[first],
-            schemes,
-            inputs=seen.calls.get(place.parent, ()),
-            gram=seen.grams[first] if inside else None,
-            config=config,
-        )
-        fold(task.block, place, found.scales)
-        grams |= {path: fold_gram(seen.grams[path], found.scales) for path in place.consumers if path in seen.grams}
-        reports.append(_report("awq", found, task.prefix))
-    for path in task.schemes if config.clip else ():
-        if not path.endswith(awq.UNCLIPPED):
-            clipped = awq.clip_search(weight_at(task.block, path), grams[path], schemes[path], config=config)
-            _layer(task.block, path).weight.set_value(clipped.weight)
-    return reports
+    found, _ = awq.rewrite(
+        task.block, task.places, schemes, awq.Seen(seen.absmean, seen.grams, seen.calls), config=config
+    )
+    return [_report("awq", each, task.prefix) for each in found]
 
 
 def _smoothquant(task: Task, config: smoothquant.SmoothQuantConfig) -> list[TransformReport]:
@@ -196,10 +177,6 @@ def _add_grouped(states: _States, x: jax.Array, counts: jax.Array) -> _States:
         absmean.update_grouped(states.absmean, x, counts),
         gram.update_grouped(states.gram, x, counts),
     )
-
-
-def _layer(block: nnx.Module, path: Path) -> Any:
-    return module_at(block, path)
 
 
 def _report(name: str, found: Rewrite, prefix: str) -> TransformReport:

@@ -23,7 +23,7 @@ from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at
 from jquant.ptq import awq, gptq
 from jquant.ptq.block import solve
-from jquant.ptq.fold import fold, fold_gram, weight_at
+from jquant.ptq.fold import weight_at
 from jquant.ptq.gptq import Factor
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.pipeline import check_rules
@@ -135,42 +135,23 @@ def _rewrite_by_awq(
     calls: Mapping[Path, Any],
     step: Step,
 ) -> tuple[dict[Path, Known], dict[Path, jax.Array]]:
-    """Scales and clips one block as `ptq.transforms` does, for one scheme.
+    """Scales and clips one block for one scheme.
 
     Returns:
         What is known of inputs now, without factors; and by what each weight was multiplied, broadcast over it.
     """
     config = configured(TRANSFORMS, step.name, step.options)
-    schemes = dict.fromkeys(known, scheme)
-    now = {path: each._replace(factor=None) for path, each in known.items()}
+    means = {path: each.absmean for path, each in known.items() if each.absmean is not None}
+    grams = {path: each.gram for path, each in known.items() if each.gram is not None}
+    seen = awq.Seen(means, grams, calls)
+    found, now = awq.rewrite(block, places, dict.fromkeys(known, scheme), seen, config=config)
     scales: dict[Path, jax.Array] = {}
-    for place in places:
-        first = known[place.consumers[0]]
-        inside = place.parent in place.consumers
-        found = awq.search(
-            block,
-            place,
-            jnp.asarray(first.absmean),
-            schemes,
-            inputs=calls.get(place.parent, ()),
-            gram=first.gram if inside else None,
-            config=config,
-        ).scales
-        fold(block, place, found)
-        assert first.gram is not None
-        folded = now[place.consumers[0]]._replace(gram=_fold_gram(first.gram, found))
+    for place, factors, *_ in found:
         for path in place.consumers:
-            now[path] = folded
-            scales[path] = jnp.multiply(scales.get(path, 1.0), found[..., None, :])
+            scales[path] = jnp.multiply(scales.get(path, 1.0), factors[..., None, :])
         if place.producer in known:
-            scales[place.producer] = jnp.divide(scales.get(place.producer, 1.0), found[..., None])
-    for path in known if config.clip else ():
-        if not path.endswith(awq.UNCLIPPED):
-            gram = now[path].gram
-            assert gram is not None
-            layer: Any = module_at(block, path)
-            layer.weight.set_value(awq.clip_search(weight_at(block, path), gram, scheme, config=config).weight)
-    return now, scales
+            scales[place.producer] = jnp.divide(scales.get(place.producer, 1.0), factors[..., None])
+    return {path: each._replace(gram=now[path], factor=None) for path, each in known.items()}, scales
 
 
 def _solve(weight: jax.Array, point: Point, known: Known | None, factors: dict[int, Factor]) -> Solution:
@@ -190,9 +171,6 @@ def _solve(weight: jax.Array, point: Point, known: Known | None, factors: dict[i
     if weight.ndim == 2:
         return gptq.solve_with(weight, factor, point.scheme, config=config)
     return jax.vmap(partial(gptq.solve_with, scheme=point.scheme, config=config))(weight, factor)
-
-
-_fold_gram = jax.jit(fold_gram)
 
 
 @jax.jit

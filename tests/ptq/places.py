@@ -50,6 +50,11 @@ def captured(model: Decoder) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
+def place_of(model: Decoder, parent: str) -> Equivalence:
+    """Where scales are folded into what the parent reads."""
+    return next(place for place in model.equivalences() if place.parent == parent)
+
+
 quantized = jax.jit(quantize, static_argnames="scheme")
 
 

@@ -14,10 +14,9 @@ from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
 from jquant.models.decoder import Decoder
-from jquant.nn.protocol import Equivalence
 from jquant.ptq import awq, trial
 from jquant.ptq.awq import AWQConfig
-from tests.ptq.places import PARENTS, captured, loss_after_folding, model_with_outliers, quantized, rounded
+from tests.ptq.places import PARENTS, captured, loss_after_folding, model_with_outliers, place_of, quantized, rounded
 
 SCHEME = scheme("int4:g16:asym")
 CONFIG = AWQConfig(grid=8, search_tokens=10**6)
@@ -26,16 +25,6 @@ X = (RNG.standard_normal((500, 80)) * np.exp(RNG.standard_normal(80)) @ RNG.stan
     np.float32
 )
 W = RNG.standard_normal((24, 80)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return model_with_outliers()
-
-
-@pytest.fixture(scope="module")
-def inputs(model: Decoder) -> dict[str, list[Any]]:
-    return captured(model)
 
 
 def _rows(calls: list[Any]) -> np.ndarray:
@@ -50,12 +39,8 @@ def _packed(layer: Any) -> nnx.Module:
     return layer.packed(quantized(layer.weight.get_value(), SCHEME))
 
 
-def _place(model: Decoder, parent: str) -> Equivalence:
-    return next(place for place in model.equivalences() if place.parent == parent)
-
-
 def _search(model: Decoder, parent: str, calls: list[Any], config: AWQConfig = CONFIG) -> Any:
-    place, rows = _place(model, parent), _rows(calls)
+    place, rows = place_of(model, parent), _rows(calls)
     absmean = jnp.asarray(np.abs(rows).mean(axis=0))
     schemes = dict.fromkeys(place.consumers, SCHEME)
     given: Any = {"gram": _gram(rows)} if parent in place.consumers else {"inputs": calls}
@@ -91,7 +76,7 @@ def test_channels_without_data_keep_their_scale() -> None:
 @pytest.mark.parametrize("parent", PARENTS)
 def test_losses_are_those_of_the_folded_block(model: Decoder, inputs: dict[str, list[Any]], parent: str) -> None:
     """With the Gram matrix where the parent is the layer, on captured inputs elsewhere."""
-    found, place = _search(model, parent, inputs[parent]), _place(model, parent)
+    found, place = _search(model, parent, inputs[parent]), place_of(model, parent)
     for scales, reported in ((found.scales, found.after), (jnp.ones_like(found.scales), found.before)):
         real = loss_after_folding(model, place, scales, _packed, inputs[parent])
         assert float(reported) == pytest.approx(real, rel=0.02)
@@ -101,7 +86,7 @@ def test_losses_are_those_of_the_folded_block(model: Decoder, inputs: dict[str, 
 
 def test_each_expert_has_a_ratio_of_its_own() -> None:
     model = model_with_outliers(num_experts=4, experts_per_token=2)
-    block, place = model.blocks[0], _place(model, "mlp.down_proj")
+    block, place = model.blocks[0], place_of(model, "mlp.down_proj")
     calls = captured(model)["mlp.down_proj"]
     rows = [
         np.concatenate([np.split(np.asarray(x), np.cumsum(counts)[:-1])[e] for x, counts in calls]) for e in range(3)
@@ -165,14 +150,14 @@ def test_blocks_share_one_program(model: Decoder, inputs: dict[str, list[Any]]) 
     compiled: Any = trial._output_errors
     _search(model, "mlp", inputs["mlp"])
     before = compiled._cache_size()
-    place = _place(model, "mlp")
+    place = place_of(model, "mlp")
     schemes = dict.fromkeys(place.consumers, SCHEME)
     awq.search(model.blocks[1], place, jnp.ones(64), schemes, inputs=inputs["mlp"], config=CONFIG)
     assert compiled._cache_size() == before
 
 
 def test_layers_that_stay_float_take_no_part(model: Decoder, inputs: dict[str, list[Any]]) -> None:
-    place, rows = _place(model, "mlp"), _rows(inputs["mlp"])
+    place, rows = place_of(model, "mlp"), _rows(inputs["mlp"])
     absmean = jnp.asarray(np.abs(rows).mean(axis=0))
     only = awq.search(model.blocks[0], place, absmean, {"mlp.up_proj": SCHEME}, inputs=inputs["mlp"], config=CONFIG)
     both = _search(model, "mlp", inputs["mlp"])
@@ -186,8 +171,8 @@ def test_what_does_not_fit_is_refused(model: Decoder) -> None:
     with pytest.raises(InputError, match="max_shrink 0"):
         AWQConfig(max_shrink=0)
     with pytest.raises(InputError, match="no layer behind attn_norm"):
-        awq.search(block, _place(model, "attn"), ones, {}, config=CONFIG)
+        awq.search(block, place_of(model, "attn"), ones, {}, config=CONFIG)
     with pytest.raises(InputError, match="attn: no captured inputs"):
-        awq.search(block, _place(model, "attn"), ones, {"attn.q_proj": SCHEME}, config=CONFIG)
+        awq.search(block, place_of(model, "attn"), ones, {"attn.q_proj": SCHEME}, config=CONFIG)
     with pytest.raises(InputError, match=r"attn\.o_proj: its scales are searched with the Gram matrix"):
-        awq.search(block, _place(model, "attn.o_proj"), ones, {"attn.o_proj": SCHEME}, config=CONFIG)
+        awq.search(block, place_of(model, "attn.o_proj"), ones, {"attn.o_proj": SCHEME}, config=CONFIG)

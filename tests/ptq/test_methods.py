@@ -11,7 +11,7 @@ from jquant.calib import gram
 from jquant.core.errors import InputError
 from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
-from jquant.ptq.methods import SOLVERS, method
+from jquant.ptq.methods import SOLVERS
 
 ROWS, COLUMNS = 24, 96
 RNG = np.random.default_rng(0)
@@ -24,7 +24,7 @@ ASYMMETRIC = scheme("int4:g32:asym")  # every method takes it
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_solution_is_a_packed_weight_and_its_loss(name: str) -> None:
-    chosen = method(name)
+    chosen = SOLVERS[name]
     found = chosen.solve(jnp.asarray(W), GRAM, ASYMMETRIC, config=chosen.config)
     expected = quantize(jnp.asarray(W), ASYMMETRIC)
     assert jax.tree.structure(found.qtensor) == jax.tree.structure(expected)
@@ -38,7 +38,7 @@ def test_a_solution_is_a_packed_weight_and_its_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_stacks_go_through_vmap(name: str) -> None:
-    chosen = method(name)
+    chosen = SOLVERS[name]
     weights = jnp.stack([jnp.asarray(W), jnp.asarray(W[::-1] * 2)])
     grams = gram.Gram(jnp.stack([GRAM.matrix, jnp.diag(jnp.diag(GRAM.matrix))]), jnp.stack([GRAM.rows] * 2))
     both = jax.vmap(lambda w, g: chosen.solve(w, g, ASYMMETRIC, config=chosen.config))(weights, grams)
@@ -50,21 +50,16 @@ def test_stacks_go_through_vmap(name: str) -> None:
         assert float(both.loss[index]) == pytest.approx(float(alone.loss), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if not method(name).needs_gram])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if not SOLVERS[name].needs_gram])
 def test_methods_that_need_no_data_run_without(name: str) -> None:
-    chosen = method(name)
+    chosen = SOLVERS[name]
     found = chosen.solve(jnp.asarray(W), None, ASYMMETRIC, config=chosen.config)
     error = np.asarray(dequantize(found.qtensor), np.float64) - W
     assert float(found.loss) == pytest.approx((error**2).sum() / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if method(name).needs_gram])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if SOLVERS[name].needs_gram])
 def test_methods_that_need_data_say_so(name: str) -> None:
-    chosen = method(name)
+    chosen = SOLVERS[name]
     with pytest.raises(InputError, match="calibration data"):
         chosen.solve(jnp.asarray(W), None, ASYMMETRIC, config=chosen.config)
-
-
-def test_an_unknown_name_lists_those_there_are() -> None:
-    with pytest.raises(InputError, match="method 'gtpq': unknown; there are rtn, "):
-        method("gtpq")

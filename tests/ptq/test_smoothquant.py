@@ -17,20 +17,10 @@ from jquant.nn.w8a8 import w8a8_layer
 from jquant.ptq import smoothquant, trial
 from jquant.ptq.fold import fold, weight_at
 from jquant.ptq.smoothquant import Pair, SmoothQuantConfig
-from tests.ptq.places import PARENTS, TOKENS, captured, loss_after_folding, model_with_outliers, quantized
+from tests.ptq.places import PARENTS, TOKENS, captured, loss_after_folding, model_with_outliers, place_of, quantized
 
 INT8 = Pair(scheme("int8:channel"), scheme("int8:token"))
 SEARCH = SmoothQuantConfig(alpha="search", grid=4, search_tokens=10**6)
-
-
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    return model_with_outliers()
-
-
-@pytest.fixture(scope="module")
-def inputs(model: Decoder) -> dict[str, list[Any]]:
-    return captured(model)
 
 
 def _absmax(calls: list[Any]) -> np.ndarray:
@@ -41,10 +31,6 @@ def _packed(layer: Any) -> nnx.Module:
     return w8a8_layer(layer, quantized(layer.weight.get_value(), INT8.weight), activation=INT8.activation)
 
 
-def _place(model: Decoder, parent: str) -> Equivalence:
-    return next(place for place in model.equivalences() if place.parent == parent)
-
-
 def _pairs(place: Equivalence) -> dict[str, Pair]:
     return dict.fromkeys(place.consumers, INT8)
 
@@ -52,7 +38,7 @@ def _pairs(place: Equivalence) -> dict[str, Pair]:
 def test_the_formula(model: Decoder) -> None:
     absmax = np.random.default_rng(0).uniform(0, 4, 64).astype(np.float32)
     absmax[[3, 9]] = 0, 1e-20
-    place, block = _place(model, "mlp"), model.blocks[0]
+    place, block = place_of(model, "mlp"), model.blocks[0]
     found = smoothquant.search(
         block, place, jnp.asarray(absmax), _pairs(place), config=SmoothQuantConfig(alpha=0.7)
     ).scales
@@ -65,7 +51,7 @@ def test_the_formula(model: Decoder) -> None:
 
 @pytest.mark.parametrize("parent", PARENTS)
 def test_losses_are_those_of_the_folded_block(model: Decoder, inputs: dict[str, list[Any]], parent: str) -> None:
-    place = _place(model, parent)
+    place = place_of(model, parent)
     absmax = jnp.asarray(_absmax(inputs[parent]))
     found = smoothquant.search(model.blocks[0], place, absmax, _pairs(place), inputs[parent], config=SEARCH)
     ones = jnp.ones_like(found.scales)
@@ -91,7 +77,7 @@ def test_a_whole_model_gains_and_its_floats_stay(model: Decoder, inputs: dict[st
 def test_experts_have_scales_of_their_own() -> None:
     model = model_with_outliers(num_experts=3, experts_per_token=2)
     inputs = captured(model)
-    calls, place = inputs["mlp.down_proj"], _place(model, "mlp.down_proj")
+    calls, place = inputs["mlp.down_proj"], place_of(model, "mlp.down_proj")
     absmax = np.zeros((3, 96), np.float32)
     for x, counts in calls:
         rows = np.split(np.abs(np.asarray(x)), np.cumsum(counts)[:-1])
@@ -101,7 +87,7 @@ def test_experts_have_scales_of_their_own() -> None:
     real = loss_after_folding(model, place, found.scales, _packed, calls)
     assert float(found.after) == pytest.approx(real, rel=0.02)
     assert float(found.after) < 0.5 * float(found.before)
-    shared = _place(model, "mlp")
+    shared = place_of(model, "mlp")
     calls = inputs["mlp"]
     found = smoothquant.search(
         model.blocks[0], shared, jnp.asarray(_absmax(calls)), _pairs(shared), calls, config=SEARCH
@@ -117,7 +103,7 @@ def test_experts_have_scales_of_their_own() -> None:
 
 
 def test_static_activations_can_be_searched_for(model: Decoder, inputs: dict[str, list[Any]]) -> None:
-    place = _place(model, "mlp")
+    place = place_of(model, "mlp")
     pairs = dict.fromkeys(place.consumers, Pair(scheme("int8:channel"), scheme("int8:tensor")))
     absmax = jnp.asarray(_absmax(inputs["mlp"]))
     found = smoothquant.search(model.blocks[0], place, absmax, pairs, inputs["mlp"], config=SEARCH)
@@ -125,7 +111,7 @@ def test_static_activations_can_be_searched_for(model: Decoder, inputs: dict[str
 
 
 def test_blocks_share_one_program(model: Decoder, inputs: dict[str, list[Any]]) -> None:
-    place, compiled = _place(model, "attn"), trial._output_errors  # type: ignore[attr-defined]
+    place, compiled = place_of(model, "attn"), trial._output_errors  # type: ignore[attr-defined]
     absmax = jnp.asarray(_absmax(inputs["attn"]))
     smoothquant.search(model.blocks[0], place, absmax, _pairs(place), inputs["attn"], config=SEARCH)
     before = compiled._cache_size()  # type: ignore[attr-defined]
@@ -141,7 +127,7 @@ def test_places_are_chosen(model: Decoder) -> None:
 
 
 def test_what_does_not_fit_is_refused(model: Decoder, inputs: dict[str, list[Any]]) -> None:
-    place, absmax = _place(model, "attn"), jnp.ones(64)
+    place, absmax = place_of(model, "attn"), jnp.ones(64)
     with pytest.raises(InputError, match=r"alpha 1\.5"):
         SmoothQuantConfig(alpha=1.5)
     with pytest.raises(InputError, match="grid 0"):
