@@ -19,6 +19,7 @@ from jquant.evaluation.config import EvalConfig
 from jquant.hardware.advise_config import AdviseConfig
 from jquant.models.generate_config import GenerateConfig
 from jquant.ptq.config import QuantizeConfig
+from jquant.qat.command import QATCommand
 from jquant.sweep.config import SweepConfig
 
 
@@ -244,6 +245,54 @@ def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
     return windows
 
 
+def _qat(config: QATCommand) -> None:
+    from jquant.data.blocks import text_windows
+    from jquant.data.text import load_text
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.models.save import packed_bits
+    from jquant.qat.progress import shown_progress
+    from jquant.qat.rules import find_recipe
+    from jquant.qat_run import Distillation, check_out, train_checkpoint
+
+    check_out(config.out)
+    recipe = find_recipe(config.recipe)
+    checkpoint = open_checkpoint(config.model)
+    tokenizer = checkpoint.tokenizer()
+    training = text_windows(load_text(config.data), tokenizer, window=config.window, limit=config.windows)
+    evaluation = None
+    if config.eval_text is not None:
+        text = load_text(config.eval_text)
+        evaluation = text_windows(text, tokenizer, window=config.eval_window, limit=config.eval_windows)
+    console = _console(stderr=True)
+    with shown_progress(console) as listen:
+        result = train_checkpoint(
+            checkpoint,
+            recipe,
+            training,
+            config.out,
+            config=config.training(),
+            distillation=Distillation(
+                weight=config.distillation_weight,
+                temperature=config.temperature,
+                hidden_weight=config.hidden_weight,
+                remat=config.remat,
+            ),
+            evaluation=evaluation,
+            eval_batch=_batch(None),
+            announce=lambda said: console.print(said, highlight=False, markup=False),
+            listen=listen,
+        )
+    bits = packed_bits(open_checkpoint(config.out).model())
+    if result is not None:
+        figures = {"loss": result.loss, **result.evaluation}
+        said = ", ".join(f"{name} {value:.6g}" for name, value in figures.items() if not math.isnan(value))
+        resumed = f", {result.resumed_from} of them by an earlier run" if result.resumed_from else ""
+        print(f"{result.steps} steps{resumed}; {said or 'nothing was left to train'}; {result.seconds:.1f} s")
+        if result.best_step is not None:
+            print(f"taken is the state of step {result.best_step}, whose {config.best} {result.best:.6g} was the best")
+    print(f"{bits:.3f} bits a weight in packed layers, padding included; {config.out}")
+
+
 def _generate(config: GenerateConfig) -> None:
     schemes = _parsed_scheme(config.scheme)
 
@@ -328,6 +377,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "eval": (EvalConfig, _eval),
     "sweep": (SweepConfig, _sweep),
     "quantize": (QuantizeConfig, _quantize),
+    "qat": (QATCommand, _qat),
     "generate": (GenerateConfig, _generate),
     "inspect": (InspectConfig, _inspect),
     "formats": (FormatsConfig, _formats),

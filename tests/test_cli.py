@@ -36,6 +36,22 @@ def test_eval_quantize_generate(model: str, tmp_path: Path, capsys: pytest.Captu
     assert "Hello" in capsys.readouterr().out
 
 
+def test_qat(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, packed = tmp_path / "q", tmp_path / "packed.json"
+    words = ["--steps", "3", "--batch", "2", "--window", "32", "--windows", "8", "--learning-rate", "1e-3"]
+    words += ["--eval-text", "pydoc", "--eval-window", "64", "--eval-windows", "3", "--eval-every", "2"]
+    assert main(["qat", model, "--recipe", "nf4", *words, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "14 Linear; weights nf4:g64:dq by clipped_ste" in " ".join(said.err.split())
+    assert "step 2: loss" in said.err
+    assert main(["eval", str(out), "--window", "64", "--windows", "3", "--json", str(packed)]) == 0
+    assert f"perplexity {json.loads(packed.read_text())['perplexity']:.6g}; " in said.out
+    assert said.out.splitlines()[1].endswith(f"bits a weight in packed layers, padding included; {out}")
+    assert main(["generate", str(out), "--prompt", "Hello", "--max-tokens", "5"]) == 0
+    assert main(["eval", str(out), "--text", "pydoc:calibration", "--window", "32"]) == 2
+    assert "was calibrated on the text" in capsys.readouterr().err
+
+
 def test_config_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "sweep.yaml", tmp_path / "out"
     file.write_text(
@@ -63,6 +79,8 @@ def test_config_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["sweep", "MODEL", "--schemes", "int4", "--out", "OUT", "--window", "1000"], "exceeds the model's context"),
         (["quantize", "MODEL", "--scheme", "int4:g128", "--out", "OUT"], "wider than the row"),
         (["quantize", "MODEL", "--scheme", "int4:g32", "--out", "MODEL"], "not empty"),
+        (["qat", "MODEL", "--recipe", "nf4", "--out", "MODEL"], "not empty"),
+        (["qat", "MODEL", "--recipe", "nf4", "--out", "OUT", "--window", "64", "--windows", "2"], "2 rows of data"),
         (["generate", "MODEL", "--prompt", ""], "prompt is empty"),
         (["inspect", "OUT"], "OUT"),
         (["eval", "--config", "OUT/x.yaml"], "cannot be read"),
@@ -84,7 +102,9 @@ def test_mistakes_are_one_line_and_exit_2(
 def test_help_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     overview = capsys.readouterr().out
-    assert all(command in overview for command in ("eval", "sweep", "quantize", "generate", "inspect", "formats"))
+    assert all(
+        command in overview for command in ("eval", "sweep", "quantize", "qat", "generate", "inspect", "formats")
+    )
     assert main(["formats", "--json"]) == 0
     assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} >= {"int4", "mxfp4", "nvfp4", "bf16"}
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from jquant.core.errors import InputError
 
+_EPOCHS = 1 << 31  # never reached; grain's own endless repetition has no length that batches of one row could have
+
 
 class Batches(Protocol):
     """What a trainer reads. Iterators of grain's datasets are such, and so is anything with these methods."""
@@ -48,7 +50,7 @@ class RowBatches:
         self.rows = lengths.pop()
         if not 1 <= batch <= self.rows:
             raise InputError(f"a batch of {batch} from {self.rows} rows of data; give 1 to {self.rows}, or more data")
-        dataset = _grain().MapDataset.source(_Rows(rows, self.rows)).seed(seed).shuffle().repeat()
+        dataset = _grain().MapDataset.source(_Rows(rows, self.rows)).seed(seed).shuffle().repeat(_EPOCHS)
         self._iterator = iter(dataset.batch(batch).to_iter_dataset())
 
     def __next__(self) -> Any:

@@ -124,14 +124,14 @@ class Checkpoints:
 
 
 def check_definition(folder: Path, definition: Mapping[str, Any]) -> None:
-    """Keeps what a run computes in its folder; compares it where it is there already.
+    """Keeps what a run computes in its folder; compares it where there are states of a run already.
 
     Raises:
         InputError: the folder holds a run that differs; the message names the first difference.
     """
     definition = json.loads(json.dumps(definition))  # as it will be read back
     path = folder / DEFINITION
-    if not path.exists():
+    if not path.exists() or not has_states(folder):
         with replacing(path) as file:
             file.write((json.dumps(definition, indent=1, ensure_ascii=False) + "\n").encode())
         return
@@ -142,6 +142,11 @@ def check_definition(folder: Path, definition: Mapping[str, Any]) -> None:
                 f"{folder}: holds a run with another {name} ({_short(found, name)} there, {_short(wanted, name)} "
                 "here); finish that one, choose another folder, or remove this one"
             )
+
+
+def has_states(folder: Path) -> bool:
+    """Whether a run in this folder got as far as a whole state."""
+    return any(state.name.isdigit() for state in (folder / STATES).glob("*"))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

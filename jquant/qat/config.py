@@ -62,11 +62,11 @@ class QATConfig:
     eval_every: int | None = None
     """Steps between evaluations; the last step always has one."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; by default a tenth of the steps, at least 10. The last step always has one."""
     keep: int = 2
     """The latest checkpoints that are kept, beside the best."""
     best: str | None = None
-    """The figure of an evaluation, lower being better, whose best checkpoint is kept."""
+    """The figure of an evaluation, lower being better, whose best checkpoint is kept and is the result."""
     tensorboard: bool = False
     """Also log to TensorBoard."""
 
@@ -90,8 +90,8 @@ class QATConfig:
         steps = [step for step, _ in self.gradual_bits]
         if steps != sorted(set(steps)) or any(step < 1 for step in steps):
             raise InputError(f"gradual_bits {self.gradual_bits}: steps must rise, the first at least 1")
-        if any(not 1 <= bits <= 16 for _, bits in self.gradual_bits):
-            raise InputError(f"gradual_bits {self.gradual_bits}: bits must be 1 to 16")
+        if any(not 2 <= bits <= 8 for _, bits in self.gradual_bits):
+            raise InputError(f"gradual_bits {self.gradual_bits}: bits must be 2 to 8")
 
     @property
     def rows_per_step(self) -> int:
@@ -99,7 +99,7 @@ class QATConfig:
         return self.batch * self.gradient_accumulation
 
     def with_steps(self, rows: int | None) -> QATConfig:
-        """The config with `steps`, `warmup_steps` and `freeze_observers_at` filled in, for so many rows of data.
+        """The config with what follows from the number of steps filled in, for so many rows of data.
 
         Raises:
             InputError: there are fewer rows than a step takes, the number of steps follows from nothing, or a stage
@@ -125,7 +125,10 @@ class QATConfig:
         ):
             if step >= steps:
                 raise InputError(f"{name} reaches to step {step} of {steps}: nothing is trained behind it; lower it")
-        return dataclasses.replace(self, steps=steps, warmup_steps=warmup, freeze_observers_at=frozen_at)
+        checkpoint_every = max(10, -(-steps // 10)) if self.checkpoint_every is None else self.checkpoint_every
+        return dataclasses.replace(
+            self, steps=steps, warmup_steps=warmup, freeze_observers_at=frozen_at, checkpoint_every=checkpoint_every
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Every field, as JSON values."""

@@ -94,4 +94,4 @@ def _tensorboard(folder: Path, done: int) -> Any:
         raise InputError(
             "tensorboard logs need the package 'tensorboardX': pip install 'jquant[qat]', or leave tensorboard out"
         ) from error
-    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+    return SummaryWriter(str(folder), purge_step=done + 1)

@@ -18,6 +18,11 @@ class Stage(NamedTuple):
     observing: bool
     bits: int | None  # None: the recipe's
 
+    @property
+    def is_final(self) -> bool:
+        """Whether weights and inputs are quantized as the recipe says."""
+        return self.enabled and self.bits is None
+
 
 FINAL = Stage(enabled=True, observing=False, bits=None)  # how a trained model is evaluated and converted
 

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant.core.errors import InputError
+from jquant.io.folder_lock import locked_folder
 from jquant.qat import blowup
 from jquant.qat.batches import Batches
 from jquant.qat.checkpoints import Checkpoints, check_definition
@@ -45,8 +46,9 @@ class TrainResult:
     steps: int
     resumed_from: int  # steps that an earlier run had done
     loss: float  # of the last step; NaN where an earlier run had done them all
-    evaluation: dict[str, float]  # of the last step
-    best_step: int | None  # of the best evaluation, where one was asked for
+    evaluation: dict[str, float]  # of the last step; empty where an earlier run had done them all
+    best_step: int | None  # where the best was asked for: the step whose state the model holds
+    best: float | None  # its figure
     seconds: float
 
 
@@ -71,19 +73,25 @@ def train(
         batches: `config.rows_per_step` rows at a time; `RowBatches` or an iterator of a grain dataset.
         config: how.
         teacher: a model that the loss compares with; not trained.
-        folder: keeps states and metrics, and is resumed from where an earlier run left them. None keeps nothing.
+        folder: keeps states and metrics, and is resumed from where an earlier run left them; one process at a time.
+            None keeps nothing.
         definition: JSON values that say what is trained (source, recipe, data); another run's folder is refused.
         eval_fn: figures of the model, every `config.eval_every` steps and at the end.
         listen: hears of every step.
 
     Returns:
-        What the run came to; the model holds its last state, quantized by the recipe, its ranges fixed.
+        What the run came to; the model holds its last state, or the best where `config.best` asks for it, quantized by
+        the recipe, its ranges fixed.
 
     Raises:
         InputError: config and data do not fit, the folder holds another run, or the loss is not finite: then the model
             holds the state before that step, and the message names the step, the last good state and the layer.
     """
     started = time.perf_counter()
+    if eval_fn is None and (config.eval_every is not None or config.best is not None):
+        raise InputError("eval_every and best need figures: give eval_fn")
+    if config.best is not None and folder is None:
+        raise InputError(f"best is {config.best!r}: its state is kept in a folder; give one")
     config = config.with_steps(getattr(batches, "rows", None))
     run = _Run(model, loss_fn, batches, config, teacher, eval_fn)
     with _kept(folder, config, definition or {}) as states:
@@ -91,11 +99,13 @@ def train(
         log = None if folder is None else MetricsLog(folder, done=done, tensorboard=config.tensorboard)
         try:
             last = run.steps(done, states, log, listen)
+            best = None if states is None or config.best is None else states.best
+            if states is not None and best is not None:
+                run.restore(states, best)
         finally:
             run.put_back()
             if log is not None:
                 log.close()
-        best = None if states is None else states.best
     enter(model, FINAL, config)
     return TrainResult(
         steps=run.total,
@@ -103,6 +113,7 @@ def train(
         loss=float("nan") if last is None else last.loss,
         evaluation={} if last is None else last.evaluation,
         best_step=best,
+        best=None if best is None else run.best,
         seconds=time.perf_counter() - started,
     )
 
@@ -247,7 +258,9 @@ class _Run:
         name = self.config.best
         if name is not None and figures and name not in figures:
             raise InputError(f"best is {name!r}; the evaluation gives {', '.join(figures)}")
-        figure = figures[name] if name is not None and figures else None
+        figure = None
+        if name is not None and figures and self.stage.is_final and not np.isnan(figures[name]):
+            figure = figures[name]  # floats, or more bits, would be better at no merit
         is_best = figure is not None and figure < self.best
         self.best = figure if figure is not None and is_best else self.best
         if step == self.total or is_best or _divides(self.config.checkpoint_every, step):
@@ -274,12 +287,13 @@ def _kept(folder: Path | None, config: QATConfig, definition: Mapping[str, Any])
         yield None
         return
     place = {"backend": jax.default_backend(), "jax": jax.__version__}
-    check_definition(folder, {**definition, "training": config.decisive(), **place})
-    states = Checkpoints(folder, keep=config.keep)
-    try:
-        yield states
-    finally:
-        states.close()
+    with locked_folder(folder):
+        check_definition(folder, {**definition, "training": config.decisive(), **place})
+        states = Checkpoints(folder, keep=config.keep)
+        try:
+            yield states
+        finally:
+            states.close()
 
 
 def _placed(parts: Parts, optimizer: Any, mesh: Mesh | None) -> tuple[TrainState, Any]:

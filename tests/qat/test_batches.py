@@ -27,6 +27,12 @@ def test_each_epoch_has_every_row_in_an_order_of_its_own() -> None:
     assert not np.array_equal(_take(RowBatches(ROWS, batch=4, seed=1), 3).reshape(12, 2), epochs[0])
 
 
+def test_batches_of_one_row() -> None:
+    rows = _take(RowBatches(ROWS, batch=1, seed=0), 24)
+    wanted = _take(RowBatches(ROWS, batch=4, seed=0), 6)
+    np.testing.assert_array_equal(rows.reshape(24, 2), wanted.reshape(24, 2))
+
+
 def test_a_kept_place_is_json_and_is_gone_on_from() -> None:
     batches = RowBatches({"x": ROWS, "y": ROWS[:, 0]}, batch=5, seed=3)
     next(batches)

@@ -22,7 +22,7 @@ from jquant.qat.config import QATConfig
         ({"adam_b2": 1.0}, "adam_b2 is 1.0"),
         ({"keep": 0}, "keep is 0"),
         ({"gradual_bits": ((5, 8), (5, 4))}, "steps must rise"),
-        ({"gradual_bits": ((5, 0),)}, "bits must be 1 to 16"),
+        ({"gradual_bits": ((5, 10),)}, "bits must be 2 to 8"),
     ],
 )
 def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -34,6 +34,7 @@ def test_what_follows_from_the_data() -> None:
     config = QATConfig(num_epochs=3, batch=4, gradient_accumulation=2).with_steps(100)
     assert (config.steps, config.warmup_steps, config.freeze_observers_at) == (37, 3, 18)
     assert QATConfig(steps=5000).with_steps(None).warmup_steps == 100
+    assert (config.checkpoint_every, QATConfig(steps=5000).with_steps(None).checkpoint_every) == (10, 500)
     with pytest.raises(InputError, match="give steps"):
         QATConfig().with_steps(None)
     with pytest.raises(InputError, match="7 rows of data, and a step takes 8"):

@@ -7,15 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jquant.core.errors import InputError
 from jquant.qat.config import QATConfig
@@ -23,21 +20,8 @@ from jquant.qat.metrics import METRICS, StepRecord
 from jquant.qat.trainer import TrainResult, train
 from tests.qat.small import Net, arrays, batches, squared_error
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 CONFIG = QATConfig(steps=8, batch=8, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2, weight_decay=0.01)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Many runs here compile the same step: it is kept."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.2), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def _config(**changes: Any) -> QATConfig:
