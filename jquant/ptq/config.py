@@ -25,7 +25,8 @@ class QuantizeConfig:
     scheme: str | None = None
     """In the place of a recipe: one scheme for all `layers`, as int4:g64:asym."""
     method: str = "rtn"
-    """With `scheme`: rtn, rtn-mse, gptq or hqq; transforms before it, as awq+gptq."""
+    """With `scheme`: rtn, rtn-mse, gptq or hqq; transforms before it, as awq+gptq; and after an @ the scheme of the
+    layers' inputs, as smoothquant@int8:token."""
     layers: Names = (r"^blocks\.",)
     """With `scheme`: regular expressions of the layers to quantize."""
     calibration: str = "pydoc:calibration"

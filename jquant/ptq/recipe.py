@@ -99,12 +99,23 @@ class Recipe:
 
 
 def one_rule(method: str, scheme: str, *, layers: Sequence[str] = (r"^blocks\.",)) -> Recipe:
-    """All layers by one solver to one scheme. `method` may name transforms first: awq+gptq."""
+    """All layers by one solver to one scheme.
+
+    `method` may name transforms first, and after an @ the scheme of inputs: awq+gptq, smoothquant@int8:token.
+    """
+    method, at, activation = method.partition("@")
     *transforms, solver = method.split("+")
     if solver in TRANSFORMS:
         transforms, solver = [*transforms, solver], "rtn"
     steps = tuple(map(Step, transforms))
-    return Recipe(rules=(Rule(layers=tuple(layers), scheme=scheme, method=Step(solver), transforms=steps),))
+    rule = Rule(
+        layers=tuple(layers),
+        scheme=scheme,
+        method=Step(solver),
+        transforms=steps,
+        activation=activation if at else None,
+    )
+    return Recipe(rules=(rule,))
 
 
 def read_recipe(path: str | FilePath) -> Recipe:

@@ -30,7 +30,7 @@ from jquant.nn.linear import ExpertLinear, Linear, Quantized
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path
 from jquant.nn.w8a8 import static_parameters, w8a8_layer
-from jquant.ptq.fold import Rewrite, per_channel, weight_at
+from jquant.ptq.fold import Rewrite, fold, per_channel, weight_at
 from jquant.ptq.trial import Arguments, output_errors, some_inputs
 
 _SMALLEST = 1e-5  # SPEC 6
@@ -59,9 +59,37 @@ class Pair(NamedTuple):
     activation: Scheme
 
 
-def places(block: nnx.Module, found: Sequence[Equivalence], *, config: SmoothQuantConfig) -> list[Equivalence]:
+def smoothed_places(block: nnx.Module, found: Sequence[Equivalence], *, config: SmoothQuantConfig) -> list[Equivalence]:
     """Those of a block's equivalences that the config smooths."""
     return [place for place in found if config.places == "all" or weight_at(block, place.producer).ndim == 1]
+
+
+def rewrite(
+    block: nnx.Module,
+    places: Sequence[Equivalence],
+    pairs: Mapping[Path, Pair],
+    absmax: Mapping[Path, Array],
+    calls: Mapping[Path, Sequence[Arguments]],
+    *,
+    config: SmoothQuantConfig,
+) -> list[Rewrite]:
+    """Smooths a block in place, at every place that the config smooths.
+
+    Args:
+        block: float.
+        places: whose consumers all have a pair.
+        pairs: of all layers that will be quantized, by path in the block.
+        absmax: of their inputs' channels, by path.
+        calls: of the places' parents, by path.
+        config: with a fixed α, or one searched for.
+    """
+    rewrites = []
+    for place in smoothed_places(block, places, config=config):
+        largest = jnp.asarray(absmax[place.consumers[0]])
+        found = search(block, place, largest, pairs, calls.get(place.parent, ()), config=config)
+        fold(block, place, found.scales)
+        rewrites.append(found)
+    return rewrites
 
 
 def search(

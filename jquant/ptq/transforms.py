@@ -21,7 +21,7 @@ from jquant.nn.surgery import Path, module_at
 from jquant.ptq import awq, smoothquant
 from jquant.ptq.coverage import TransformReport
 from jquant.ptq.data import Data
-from jquant.ptq.fold import Rewrite, fold
+from jquant.ptq.fold import Rewrite
 
 
 class Task(NamedTuple):
@@ -87,13 +87,8 @@ def _smoothquant(task: Task, config: smoothquant.SmoothQuantConfig) -> list[Tran
             )
         pairs[path] = smoothquant.Pair(scheme(weight), scheme(activation))
     seen = _observe(task, config.search_tokens)
-    reports = []
-    for place in smoothquant.places(task.block, task.places, config=config):
-        inputs = seen.calls.get(place.parent, ())
-        found = smoothquant.search(task.block, place, seen.absmax[place.consumers[0]], pairs, inputs, config=config)
-        fold(task.block, place, found.scales)
-        reports.append(_report("smoothquant", found, task.prefix))
-    return reports
+    found = smoothquant.rewrite(task.block, task.places, pairs, seen.absmax, seen.calls, config=config)
+    return [_report("smoothquant", each, task.prefix) for each in found]
 
 
 TRANSFORMS: dict[str, Transform] = {

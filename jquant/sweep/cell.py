@@ -1,7 +1,7 @@
 """One cell: quantize the weights, measure their error and size, evaluate the model with the decoded values.
 
 The model is evaluated on dequantized weights put into the float model: that is what a packed layer computes with, bit
-for bit, and one compiled program then serves every scheme.
+for bit, and one compiled program then serves every scheme. Only layers that quantize their inputs are packed ones.
 """
 
 from __future__ import annotations

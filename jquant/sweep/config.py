@@ -25,11 +25,12 @@ class SweepConfig:
     groups: Sizes = ()
     """Group sizes to combine with every scheme; without them schemes stand as written."""
     methods: Names = ("rtn",)
-    """How codes are chosen: rtn, rtn-mse, gptq, hqq, and after AWQ's scaling awq, awq+gptq; each for every scheme."""
+    """How codes are chosen: rtn, rtn-mse, gptq, hqq, and after AWQ's scaling awq, awq+gptq; each for every scheme. With
+    an @ layers quantize their inputs too: rtn@int8:token, smoothquant@int8:token."""
     calibration: str = "pydoc:calibration"
-    """Text that gptq and awq learn from, a source as for --text; it must not share passages with it. Statistics are of
-    the float model, taken once for all cells; jquant quantize lets each layer see the quantized ones before it, which
-    gives somewhat different numbers."""
+    """Text that gptq, awq and smoothquant learn from, a source as for --text; it must not share passages with it.
+    Statistics are of the float model, taken once for all cells; jquant quantize lets each layer see the quantized ones
+    before it, which gives somewhat different numbers."""
     calibration_windows: int = 32
     """How many windows of it, as long as those of the text."""
     text: str = "pydoc"

@@ -8,14 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from jquant.core.errors import InputError
-from jquant.core.scheme import Scheme, scheme, with_group
+from jquant.core.scheme import Scheme, Tensor, scheme, with_group
 from jquant.ptq.block import rule_needs_data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule, one_rule
 from jquant.ptq.transforms import TRANSFORMS, configured
 
 ROUNDING = "rtn"  # the method that says nothing further about a cell
-_SHARED_TRANSFORMS = ("awq",)  # those that a sweep can run from shared statistics
+_SHARED_TRANSFORMS = ("awq", "smoothquant")  # those that a sweep can run from shared statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Point:
     """One scheme by one method."""
 
     scheme: Scheme
-    method: str  # transforms, then the solver unless it rounds to nearest: "gptq", "awq", "awq+gptq"
+    # Transforms, then the solver unless it rounds to nearest, then the scheme of inputs where they are quantized:
+    # "gptq", "awq", "awq+gptq", "smoothquant@int8:token"
+    method: str
 
     @cached_property
     def rule(self) -> Rule:
@@ -69,12 +71,21 @@ def _canonical(method: str) -> str:
     except InputError as error:
         raise InputError(f"methods: {method!r}: {error}") from error
     transforms = [step.name for step in rule.transforms]
-    for name in transforms:
-        if name not in _SHARED_TRANSFORMS:
-            raise InputError(
-                f"methods: {method!r}: sweeps quantize weights alone, and {name} is for quantized activations too; "
-                "use jquant quantize for it"
-            )
-    if transforms and rule.method.name == ROUNDING:
-        return "+".join(transforms)
-    return "+".join([*transforms, rule.method.name])
+    if any(name not in _SHARED_TRANSFORMS for name in transforms):
+        raise InputError(f"methods: {method!r}: sweeps can run {', '.join(_SHARED_TRANSFORMS)}; use jquant quantize")
+    if "smoothquant" in transforms and rule.activation is None:
+        raise InputError(
+            f"methods: {method!r}: smoothquant moves difficulty from activations to weights: say to which scheme "
+            "activations go, as smoothquant@int8:token"
+        )
+    solvers = [] if transforms and rule.method.name == ROUNDING else [rule.method.name]
+    name = "+".join([*transforms, *solvers])
+    if rule.activation is None:
+        return name
+    activation = scheme(rule.activation)
+    if isinstance(activation.granularity, Tensor):
+        raise InputError(
+            f"methods: {method!r}: sweeps quantize activations with scales of each token, as int8:token; static ones "
+            "are found by jquant quantize"
+        )
+    return f"{name}@{activation}"

@@ -1,12 +1,13 @@
 """Quantizes a model in place by one method, from statistics that other cells use too; layers keep decoded values.
 
-Every layer is solved with what is known of its input in the float model. AWQ first rescales the channels of each block
-for the scheme at hand, on the model given, which is the cell's own.
+Every layer is solved with what is known of its input in the float model. AWQ and SmoothQuant first rescale the channels
+of each block for the scheme at hand, on the model given, which is the cell's own. Where inputs are quantized too,
+layers that multiply codes take the place of the float ones: another compilation for each pair of schemes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,14 @@ from jquant.core.errors import InputError
 from jquant.core.metrics import ErrorSums, error_sums
 from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import Scheme
+from jquant.core.scheme import scheme as parse_scheme
 from jquant.models.decoder import Decoder
 from jquant.nn.protocol import Equivalence
-from jquant.nn.surgery import Path, module_at
-from jquant.ptq import awq, gptq
+from jquant.nn.surgery import Path, module_at, replace
+from jquant.nn.w8a8 import multipliable, w8a8_layer
+from jquant.ptq import awq, gptq, smoothquant
 from jquant.ptq.block import solve
-from jquant.ptq.fold import weight_at
+from jquant.ptq.fold import fold_gram, weight_at
 from jquant.ptq.gptq import Factor
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.pipeline import check_rules
@@ -37,7 +40,7 @@ from jquant.sweep.statistics import Known, Statistics, factorize
 def quantize_in_place(
     model: Decoder, paths: Sequence[Path], point: Point, statistics: Statistics | None
 ) -> list[ErrorSums]:
-    """Replaces the weights at `paths` by their decoded selves.
+    """Replaces the weights at `paths` by their decoded selves, or the layers by those that quantize their inputs.
 
     Args:
         model: float; its arrays may be shared, its variables may not.
@@ -46,8 +49,8 @@ def quantize_in_place(
         statistics: of all these layers; None where the method learns from no data.
 
     Returns:
-        What each weight lost, in the order of `paths`: where AWQ has scaled it, with the scales undone, as the model
-        applies it.
+        What each weight lost, in the order of `paths`: where a transform has scaled it, with the scales undone, as the
+        model applies it.
     """
     if point.method == ROUNDING:
         return _round_in_place([module_at(model, path) for path in paths], point.scheme)
@@ -71,10 +74,20 @@ def check_fits(model: Decoder, layers: Mapping[Path, Any], points: Sequence[Poin
             continue
         try:
             check_rules(dict.fromkeys(shapes, point.rule), shapes, has_data=True)
+            if point.rule.activation is not None:
+                _check_multipliable(point.scheme, parse_scheme(point.rule.activation), first)
             for prefix, inside in _by_part(list(shapes)).items() if point.rule.transforms else ():
                 _places(model, prefix, inside, point.rule.transforms[0])
         except InputError as error:
             raise InputError(f"scheme {point.scheme} by method {point.method}: {error}") from error
+
+
+def _check_multipliable(weight: Scheme, activation: Scheme, shapes: Iterable[tuple[int, ...]]) -> None:
+    if not all(multipliable(weight, activation, shape[-1]) for shape in shapes):
+        raise InputError(
+            f"weights in {weight} and activations in {activation} cannot be multiplied as codes: take symmetric "
+            "integers or fp8 for both, weights with a scale a channel, as int8:channel with @int8:token"
+        )
 
 
 def _by_part(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -113,9 +126,10 @@ def _quantize_part(
             path.removeprefix(prefix): found for path, found in statistics.calls.items() if path.startswith(prefix)
         }
         places = _places(model, prefix, inside, step)
-        known, scales = _rewrite_by_awq(part, places, point.scheme, known, calls, step)
+        known, scales = _rewrite(part, places, point, known, calls, step)
     factors: dict[int, Factor] = {}  # of Gram matrices that were folded for this cell
-    sums = {}
+    sums: dict[Path, ErrorSums] = {}
+    layers: dict[Path, nnx.Module] = {}
     for path in inside:
         layer: Any = module_at(part, path)
         try:
@@ -123,35 +137,49 @@ def _quantize_part(
         except InputError as error:
             raise InputError(f"layer {prefix}{path}: {error}") from error
         value, sums[prefix + path] = _decode(floats[path], q, scales.get(path))
-        layer.weight.set_value(value)
+        if point.rule.activation is None:
+            layer.weight.set_value(value)
+        else:
+            layers[path] = w8a8_layer(layer, q, activation=parse_scheme(point.rule.activation))
+    replace(part, layers)
     return sums
 
 
-def _rewrite_by_awq(
+def _rewrite(
     block: nnx.Module,
     places: Sequence[Equivalence],
-    scheme: Scheme,
+    point: Point,
     known: Mapping[Path, Known],
     calls: Mapping[Path, Any],
     step: Step,
 ) -> tuple[dict[Path, Known], dict[Path, jax.Array]]:
-    """Scales and clips one block for one scheme.
+    """One transform on one block, for the point's scheme.
 
     Returns:
         What is known of inputs now, without factors; and by what each weight was multiplied, broadcast over it.
     """
     config = configured(TRANSFORMS, step.name, step.options)
-    means = {path: each.absmean for path, each in known.items() if each.absmean is not None}
-    grams = {path: each.gram for path, each in known.items() if each.gram is not None}
-    seen = awq.Seen(means, grams, calls)
-    found, now = awq.rewrite(block, places, dict.fromkeys(known, scheme), seen, config=config)
+    if step.name == "awq":
+        seen = awq.Seen(_each(known, "absmean"), _each(known, "gram"), calls)
+        found, grams = awq.rewrite(block, places, dict.fromkeys(known, point.scheme), seen, config=config)
+    else:
+        pairs = dict.fromkeys(known, smoothquant.Pair(point.scheme, parse_scheme(point.rule.activation or "")))
+        found, grams = smoothquant.rewrite(block, places, pairs, _each(known, "absmax"), calls, config=config), {}
+        for place, factors, *_ in found:
+            first = known[place.consumers[0]].gram
+            if first is not None:
+                grams |= dict.fromkeys(place.consumers, _fold_gram(first, factors))
     scales: dict[Path, jax.Array] = {}
     for place, factors, *_ in found:
         for path in place.consumers:
             scales[path] = jnp.multiply(scales.get(path, 1.0), factors[..., None, :])
         if place.producer in known:
             scales[place.producer] = jnp.divide(scales.get(place.producer, 1.0), factors[..., None])
-    return {path: each._replace(gram=now[path], factor=None) for path, each in known.items()}, scales
+    return {path: each._replace(gram=grams.get(path, each.gram), factor=None) for path, each in known.items()}, scales
+
+
+def _each(known: Mapping[Path, Known], name: str) -> dict[Path, Any]:
+    return {path: value for path, each in known.items() if (value := getattr(each, name)) is not None}
 
 
 def _solve(weight: jax.Array, point: Point, known: Known | None, factors: dict[int, Factor]) -> Solution:
@@ -171,6 +199,9 @@ def _solve(weight: jax.Array, point: Point, known: Known | None, factors: dict[i
     if weight.ndim == 2:
         return gptq.solve_with(weight, factor, point.scheme, config=config)
     return jax.vmap(partial(gptq.solve_with, scheme=point.scheme, config=config))(weight, factor)
+
+
+_fold_gram = jax.jit(fold_gram)
 
 
 @jax.jit

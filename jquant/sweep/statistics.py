@@ -1,7 +1,7 @@
 """What methods know of the data: gathered in one pass of the float model, and shared by all cells of a sweep.
 
     H = (2 / N)·Σ xᵀx of every distinct layer input          and what is made of it once: GPTQ's factor U
-    mean |x| of its channels, and some calls of the modules around the layers, where AWQ asks for them
+    mean and largest |x| of its channels, and some calls of the modules around the layers, where transforms ask for them
 
 Every layer is observed in the float model. `jquant quantize` lets later layers see what the quantized ones before them
 give (true-sequential), which depends on scheme and method and can be shared by none: its numbers differ somewhat.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from jquant.calib import absmean, gram
+from jquant.calib import absmax, absmean, gram
 from jquant.calib.gram import Gram
 from jquant.nn.capture import Arguments, capture, input_groups, replay_output
 from jquant.nn.linear import ExpertLinear
@@ -39,7 +39,8 @@ class Known(NamedTuple):
 
     gram: Gram | None
     factor: Factor | None
-    absmean: Any | None  # [*experts, channels]
+    absmean: Any | None  # [*experts, channels], as
+    absmax: Any | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,8 @@ class Wanted:
 
     factors: GPTQConfig | None  # of GPTQ without transforms before it
     grams: bool  # to be folded, or for other solvers
-    calls: int  # tokens of the calls that AWQ tries its scales on; 0 where there is no AWQ
+    calls: int  # tokens of the calls that transforms try their scales on; 0 where there are none
+    inner: bool  # also of modules that are layers themselves, for which AWQ has the Gram matrix
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +58,7 @@ class Statistics:
     """Of all layers, by path in the model."""
 
     inputs: Mapping[Path, Known]
-    calls: Mapping[Path, Sequence[Arguments]]  # what the modules that AWQ compares outputs of were called with
+    calls: Mapping[Path, Sequence[Arguments]]  # what the modules that transforms compare outputs of were called with
     seconds: float
 
 
@@ -67,11 +69,12 @@ def wanted(points: Sequence[Point]) -> Wanted | None:
         return None
     plain = [rule.method for rule in rules if not rule.transforms]
     factors = next((configured(SOLVERS, step.name, step.options) for step in plain if step.name == "gptq"), None)
-    tokens = [
-        configured(TRANSFORMS, step.name, step.options).search_tokens for rule in rules for step in rule.transforms
-    ]
-    grams = bool(tokens) or any(step.name != "gptq" for step in plain)
-    return Wanted(factors=factors, grams=grams, calls=max(tokens, default=0))
+    steps = [step for rule in rules for step in rule.transforms]
+    tokens = [configured(TRANSFORMS, step.name, step.options).search_tokens for step in steps]
+    names = {step.name for step in steps}
+    folded = any(rule.transforms and SOLVERS[rule.method.name].needs_gram for rule in rules)
+    grams = "awq" in names or folded or any(step.name != "gptq" for step in plain)
+    return Wanted(factors=factors, grams=grams, calls=max(tokens, default=0), inner="smoothquant" in names)
 
 
 def gather(
@@ -98,7 +101,7 @@ def gather(
     """
     started = time.perf_counter()
     states = [apply(model.embed, jnp.asarray(tokens[i : i + batch])) for i in range(0, len(tokens), batch)]
-    parts = _parts(model, paths, tokens.shape[1])
+    parts = _parts(model, paths, tokens.shape[1], wanted)
     inputs: dict[Path, Known] = {}
     calls: dict[Path, Sequence[Arguments]] = {}
     for index, part in enumerate(parts):
@@ -129,7 +132,7 @@ class _Part(NamedTuple):
     module: Any
     context: tuple[Any, ...]  # what it is called with beside the states
     paths: tuple[Path, ...]  # wanted layers, relative to it
-    parents: tuple[Path, ...]  # of the places where scales may be folded, but for those that are layers themselves
+    parents: tuple[Path, ...]  # of the places where scales may be folded, as far as their calls are wanted
 
 
 def _some_calls(arguments: Sequence[Arguments], tokens: int) -> list[Arguments]:
@@ -140,14 +143,14 @@ def _some_calls(arguments: Sequence[Arguments], tokens: int) -> list[Arguments]:
     return [full[index * len(full) // count] for index in range(count)]
 
 
-def _parts(model: CausalLM, paths: Sequence[Path], length: int) -> list[_Part]:
+def _parts(model: CausalLM, paths: Sequence[Path], length: int, wanted: Wanted) -> list[_Part]:
     """What must run so that all wanted layers do."""
     parts = []
     places = model.equivalences()
     for index, (block, context) in enumerate(zip(model.blocks, model.contexts(length), strict=True)):
         prefix = f"blocks.{index}."
         inside = _inside(paths, prefix)
-        parents = [place.parent for place in places if place.parent not in place.consumers]
+        parents = [place.parent for place in places if wanted.inner or place.parent not in place.consumers]
         parts.append(_Part(prefix, block, (context,), inside, tuple(dict.fromkeys(parents))))
     parts.append(_Part("head.", model.head, (), _inside(paths, "head."), ()))
     while not parts[-1].paths:
@@ -162,6 +165,7 @@ def _inside(paths: Sequence[Path], prefix: str) -> tuple[Path, ...]:
 class _Sums(NamedTuple):
     gram: Any
     absmean: Any | None
+    absmax: Any | None
 
 
 def _observe(
@@ -179,7 +183,7 @@ def _observe(
         for path in heads:
             experts = isinstance(module_at(part.module, path), ExpertLinear)
             for call in found[path]:
-                sums[path] = _add(sums.get(path), call, experts, with_mean=bool(wanted.calls))
+                sums[path] = _add(sums.get(path), call, experts, with_channels=bool(wanted.calls))
         if not last:
             replay = {path: found[group[0]] for group in groups for path in group}
             outputs.append(replay_output(part.module, each, replay=replay))
@@ -189,13 +193,17 @@ def _observe(
     return known, outputs
 
 
-def _add(sums: _Sums | None, call: Arguments, experts: bool, *, with_mean: bool) -> _Sums:
+def _add(sums: _Sums | None, call: Arguments, experts: bool, *, with_channels: bool) -> _Sums:
     x = call[0]
     size = (x.shape[-1], len(call[1])) if experts else (x.shape[-1],)
-    sums = _Sums(gram.init(*size), absmean.init(*size) if with_mean else None) if sums is None else sums
-    update, update_mean = (_update_grouped, _update_mean_grouped) if experts else (_update, _update_mean)
+    if sums is None:
+        channels = (absmean.init(*size), absmax.init(*size)) if with_channels else (None, None)
+        sums = _Sums(gram.init(*size), *channels)
     arguments = call[:2] if experts else (x,)
-    return _Sums(update(sums.gram, *arguments), None if sums.absmean is None else update_mean(sums.absmean, *arguments))
+    updates = _UPDATES_GROUPED if experts else _UPDATES
+    return _Sums(
+        *(None if each is None else update(each, *arguments) for update, each in zip(updates, sums, strict=True))
+    )
 
 
 def _finish(sums: _Sums, wanted: Wanted, what: str) -> Known:
@@ -203,12 +211,11 @@ def _finish(sums: _Sums, wanted: Wanted, what: str) -> Known:
     gram.check(finished, what)
     factor = None if wanted.factors is None else factorize(finished, wanted.factors)
     mean = None if sums.absmean is None else absmean.finalize(sums.absmean)
-    return jax.device_get(Known(finished if wanted.grams else None, factor, mean))
+    largest = None if sums.absmax is None else absmax.finalize(sums.absmax)
+    return jax.device_get(Known(finished if wanted.grams else None, factor, mean, largest))
 
 
 # Each its own program, so that what a grid wants beside them moves no bit of the sums.
-_update = jax.jit(gram.update, donate_argnums=0)
-_update_grouped = jax.jit(gram.update_grouped, donate_argnums=0)
-_update_mean = jax.jit(absmean.update, donate_argnums=0)
-_update_mean_grouped = jax.jit(absmean.update_grouped, donate_argnums=0)
+_UPDATES = tuple(jax.jit(module.update, donate_argnums=0) for module in (gram, absmean, absmax))
+_UPDATES_GROUPED = tuple(jax.jit(module.update_grouped, donate_argnums=0) for module in (gram, absmean, absmax))
 _finalize = jax.jit(gram.finalize)

@@ -121,9 +121,9 @@ def test_blocks_share_one_program(model: Decoder, inputs: dict[str, list[Any]]) 
 
 def test_places_are_chosen(model: Decoder) -> None:
     found = model.equivalences()
-    norms = smoothquant.places(model.blocks[0], found, config=SmoothQuantConfig(places="norms"))
+    norms = smoothquant.smoothed_places(model.blocks[0], found, config=SmoothQuantConfig(places="norms"))
     assert [place.producer for place in norms] == ["attn_norm", "mlp_norm"]
-    assert smoothquant.places(model.blocks[0], found, config=SEARCH) == list(found)
+    assert smoothquant.smoothed_places(model.blocks[0], found, config=SEARCH) == list(found)
 
 
 def test_what_does_not_fit_is_refused(model: Decoder, inputs: dict[str, list[Any]]) -> None:

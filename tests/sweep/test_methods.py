@@ -20,6 +20,7 @@ from jquant.core.scheme import scheme
 from jquant.models.decoder import Decoder
 from jquant.nn.capture import capture, input_groups
 from jquant.nn.protocol import apply
+from jquant.nn.w8a8 import W8A8Linear
 from jquant.ptq import gptq
 from jquant.ptq.activations import InMemory
 from jquant.ptq.data import Data
@@ -41,8 +42,8 @@ from tests.tiny_checkpoint import tiny_model, write
 METHODS = ("rtn", "rtn-mse", "gptq", "awq+gptq")
 SCHEMES = ("int3:g32:asym",)
 TOKENS = np.random.default_rng(0).integers(0, 256, (6, 32)).astype(np.int32)
-EVERYTHING = Wanted(factors=gptq.GPTQConfig(), grams=True, calls=64)
-WITHOUT_FACTORS = Wanted(factors=None, grams=True, calls=64)
+EVERYTHING = Wanted(factors=gptq.GPTQConfig(), grams=True, calls=64, inner=True)
+WITHOUT_FACTORS = Wanted(factors=None, grams=True, calls=64, inner=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,10 @@ def test_what_a_method_cannot_do_is_refused_before_anything_is_computed(model: s
         ({"schemes": ("int4:g32",), "methods": ("rtn", "hqq")}, "scheme int4:g32 by method hqq: .*use int4:g32:asym"),
         ({"schemes": ("q4_0",), "methods": ("gptq",)}, "scheme q4_0 by method gptq: .*use it with rtn"),
         ({"schemes": ("int4:g32",), "methods": ("magic",)}, "methods: 'magic': .*there are rtn"),
-        ({"methods": ("smoothquant",)}, "methods: 'smoothquant': sweeps quantize weights alone"),
+        ({"methods": ("smoothquant",)}, "methods: 'smoothquant': .* as smoothquant@int8:token"),
+        ({"methods": ("rtn@int8:tensor",)}, "methods: 'rtn@int8:tensor': .*jquant quantize"),
+        ({"methods": ("rtn@",)}, "methods: 'rtn@': "),
+        ({"methods": ("rtn@int8:token",)}, "scheme int3:g32:asym by method rtn@int8:token: .*as int8:channel"),
         ({"methods": ("awq",), "layers": (r"blocks.*q_proj",)}, r"by method awq: awq on blocks\.0\..*--layers"),
         ({"methods": ("gptq",), "calibration": "pydoc"}, "both on the text pydoc:evaluation"),
         ({"methods": ("gptq",), "calibration_windows": 10**5}, "give a longer text, or --calibration-windows"),
@@ -176,22 +180,27 @@ def test_statistics_are_those_of_the_float_model() -> None:
 def test_what_else_is_kept_moves_no_bit() -> None:
     model = tiny_model()
     paths = list(selected_layers(model))
-    only = Wanted(factors=gptq.GPTQConfig(), grams=False, calls=0)
+    only = Wanted(factors=gptq.GPTQConfig(), grams=False, calls=0, inner=False)
     ours, theirs = (gather(model, paths, TOKENS, batch=2, wanted=each) for each in (only, EVERYTHING))
     for path in paths:
         jax.tree.map(np.testing.assert_array_equal, ours.inputs[path].factor, theirs.inputs[path].factor)
         assert ours.inputs[path].gram is None
     assert not ours.calls
     assert wanted(grid(("int4:g32",), methods=("rtn", "gptq"))) == only
-    assert wanted(grid(("int4:g32",), methods=("awq",))) == Wanted(factors=None, grams=True, calls=1024)
+    assert wanted(grid(("int4:g32",), methods=("awq",))) == Wanted(factors=None, grams=True, calls=1024, inner=False)
+    smoothed = wanted(grid(("int8:channel",), methods=("smoothquant@int8:token",)))
+    assert smoothed == Wanted(factors=None, grams=False, calls=1024, inner=True)
     assert wanted(grid(("int4:g32",))) is None
 
 
-def test_blocks_are_rewritten_as_the_pipeline_does_it() -> None:
-    """AWQ on the first block, whose inputs are the same in both."""
-    model, spec = model_with_outliers(), "int3:g32:asym"
+@pytest.mark.parametrize(
+    ("method", "spec", "activation"), [("awq", "int3:g32:asym", None), ("smoothquant", "int8:channel", "int8:token")]
+)
+def test_blocks_are_rewritten_as_the_pipeline_does_it(method: str, spec: str, activation: str | None) -> None:
+    """The first block, whose inputs are the same in both."""
+    model = model_with_outliers()
     paths = list(selected_layers(model, (r"^blocks\.0\.mlp\.",)))
-    found = gather(model, paths, TOKENS, batch=1, wanted=Wanted(factors=None, grams=True, calls=1024))
+    found = gather(model, paths, TOKENS, batch=1, wanted=Wanted(factors=None, grams=True, calls=1024, inner=True))
     inside = [path.removeprefix("blocks.0.") for path in paths]
     ours, theirs = share(model.blocks[0]), share(model.blocks[0])
     context = model.contexts(TOKENS.shape[1])[0]
@@ -202,15 +211,45 @@ def test_blocks_are_rewritten_as_the_pipeline_does_it() -> None:
         store=InMemory(),
     )
     places = [place for place in model.equivalences() if set(place.consumers) <= set(inside)]
-    config = TRANSFORMS["awq"].config
-    TRANSFORMS["awq"].apply(Task(theirs, places, dict.fromkeys(inside, (spec, None)), data, ""), config)
+    config = TRANSFORMS[method].config
+    TRANSFORMS[method].apply(Task(theirs, places, dict.fromkeys(inside, (spec, activation)), data, ""), config)
     known = {path: found.inputs[f"blocks.0.{path}"] for path in inside}
     calls = {path.removeprefix("blocks.0."): each for path, each in found.calls.items()}
-    now, scales = quantize._rewrite_by_awq(ours, places, scheme(spec), known, calls, Step("awq"))
+    (point,) = grid((spec,), methods=(method if activation is None else f"{method}@{activation}",))
+    now, scales = quantize._rewrite(ours, places, point, known, calls, Step(method))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *map(nnx.state, (ours, theirs)))
     groups = input_groups(ours, inside, (apply(model.embed, jnp.asarray(TOKENS[:1])), context))
     assert all(len({id(now[path].gram) for path in group}) == 1 for group in groups)  # one factor serves all
     assert set(scales) == set(inside)
+
+
+def test_layers_that_quantize_their_inputs_lose_less_where_they_are_smoothed() -> None:
+    floats = model_with_outliers()
+    paths = list(selected_layers(floats))
+    points = grid(
+        ("int8:channel",), methods=("rtn@int8:token", "smoothquant@int8:token", "smoothquant+gptq@int8:token")
+    )
+    needs = wanted(points)
+    assert needs is not None
+    assert needs.grams
+    found = gather(floats, paths, TOKENS, batch=1, wanted=needs)
+
+    def run(model: Decoder) -> np.ndarray:
+        x = apply(model.embed, jnp.asarray(TOKENS))
+        for block, context in zip(model.blocks, model.contexts(TOKENS.shape[1]), strict=True):
+            x = apply(block, x, context)
+        return np.asarray(x)
+
+    expected, lost = run(floats), []
+    for point in points:
+        model = share(floats)
+        assert isinstance(model, Decoder)
+        sums = quantize_in_place(model, paths, point, found if point.needs_data else None)
+        assert len(sums) == len(paths)
+        assert isinstance(model.blocks[1].mlp.up_proj, W8A8Linear)
+        lost.append(np.linalg.norm(run(model) - expected) / np.linalg.norm(expected))
+    assert max(lost[1:]) < 0.8 * lost[0]
+    np.testing.assert_array_equal(run(floats), expected)
 
 
 def test_experts_are_quantized_each_by_its_own_data() -> None:
