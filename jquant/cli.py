@@ -17,6 +17,7 @@ from jquant.config_file import read_config_file
 from jquant.core.errors import InputError
 from jquant.evaluation.config import EvalConfig
 from jquant.hardware.advise_config import AdviseConfig
+from jquant.models.export_config import ConvertConfig, ExportConfig
 from jquant.models.generate_config import GenerateConfig
 from jquant.ptq.config import QuantizeConfig
 from jquant.qat.command import QATCommand
@@ -293,6 +294,25 @@ def _qat(config: QATCommand) -> None:
     print(f"{bits:.3f} bits a weight in packed layers, padding included; {config.out}")
 
 
+def _export(config: ExportConfig | ConvertConfig) -> None:
+    from jquant.io.new_folder import check_new_folder
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.models.export import export
+
+    check_new_folder(config.out)
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(config.model)
+    export(
+        checkpoint,
+        config.out,
+        format=config.format,
+        dtype=config.dtype,
+        max_shard_bytes=int(config.max_shard_gb * 1e9),
+    )
+    size = sum(file.stat().st_size for file in config.out.iterdir())
+    print(f"{config.out}: {config.format}, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
+
+
 def _generate(config: GenerateConfig) -> None:
     schemes = _parsed_scheme(config.scheme)
 
@@ -378,6 +398,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "sweep": (SweepConfig, _sweep),
     "quantize": (QuantizeConfig, _quantize),
     "qat": (QATCommand, _qat),
+    "export": (ExportConfig, _export),
+    "convert": (ConvertConfig, _export),
     "generate": (GenerateConfig, _generate),
     "inspect": (InspectConfig, _inspect),
     "formats": (FormatsConfig, _formats),

@@ -158,6 +158,42 @@ def quantize_with(x: Float[Array, "*batch out in"], scheme: Scheme, parameters: 
     return _encode(x, to_tiles(x.astype(jnp.float32), scheme), scheme, parameters, None, None)
 
 
+def from_codes(
+    codes: UInt8[Array, "*batch out in"],
+    scheme: Scheme,
+    stored: StoredScale,
+    *,
+    zero_points: UInt8[Array, "*batch row_tiles column_tiles"] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    groups: Integer[Array, "*batch in"] | None = None,
+) -> QTensor:
+    """The tensor of codes, scales and zero points that exist already; `codes`, `zero_points` and `stored` of it.
+
+    Raises:
+        InputError: the scales are not one a tile, or zero points are given exactly where the scheme has none.
+    """
+    rows, columns = codes.shape[-2:]
+    tile_rows, tile_columns = scheme.tile(rows, columns)
+    tiles = (*codes.shape[:-2], -(-rows // tile_rows), -(-columns // tile_columns))
+    if stored.scale.shape != tiles:
+        raise InputError(f"scales of shape {stored.scale.shape} for {scheme} on {codes.shape}: they must be {tiles}")
+    if (zero_points is None) == (scheme.zero_point == "integer"):
+        need = "needs" if zero_points is None else "has no"
+        raise InputError(f"{scheme} {need} zero points: give them exactly where the scheme is asymmetric")
+    if zero_points is not None and zero_points.shape != tiles:
+        raise InputError(f"zero points of shape {zero_points.shape} for {scheme}: they must be {tiles}")
+    bits = scheme.element.bits
+    return QTensor(
+        planes=packing.pack(codes, bits),
+        stored=stored,
+        zero_planes=None if zero_points is None else packing.pack(zero_points.swapaxes(-1, -2), bits),
+        scheme=scheme,
+        matrix_shape=(rows, columns),
+        dtype=np.dtype(dtype),
+        groups=None if groups is None else groups.astype(jnp.int32),
+    )
+
+
 def _encode(
     x: Array, tiles: Array, scheme: Scheme, parameters: Parameters, groups: Array | None, order: Array | None
 ) -> QTensor:

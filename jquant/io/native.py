@@ -13,7 +13,6 @@ missing or cut is found when the folder is opened.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import logging
@@ -21,7 +20,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,9 +35,9 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import scheme
 from jquant.io.atomic import replacing
-from jquant.io.folder_lock import LOCKS, locked_folder
 from jquant.io.json_file import read_json
 from jquant.io.mapped import TensorInfo, shown
+from jquant.io.new_folder import appearing_folder, check_new_folder
 
 DESCRIPTION = "jquant.json"
 ARRAYS = "arrays"
@@ -166,7 +164,7 @@ def write_native(
     path = Path(path)
     check_new_folder(path)
     try:
-        with _appearing(path) as partial_folder:
+        with appearing_folder(path) as partial_folder:
             complete(partial_folder, write_part(partial_folder, "all", tensors), description, extra_files=extra_files)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -253,14 +251,6 @@ def _check_part_name(part: str) -> None:
         raise ValueError(f"part {part!r}")
 
 
-def check_new_folder(path: Path) -> None:
-    """Raises InputError where `path` exists and is not an empty folder."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: exists and is no folder; choose another --out")
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"{path}: exists and is not empty; choose another --out, or remove it first")
-
-
 def _check_tensors(tensors: Mapping[str, np.ndarray | jax.Array | QTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.size == 0:
@@ -271,28 +261,6 @@ def _check_tensors(tensors: Mapping[str, np.ndarray | jax.Array | QTensor]) -> N
                     f"tensor {shown(name)} is {array.dtype}, which a native checkpoint cannot hold; "
                     f"it holds {', '.join(sorted(HELD))}"
                 )
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A hidden folder to write into; it takes the name `path` once the block ends without error, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        with locked_folder(folder):
-            yield folder
-            folder.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
-            folder.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Removes what killed writers of `path` left; the folder of one still at work is locked."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.partial") if LOCKS else ():
-        with contextlib.suppress(OSError, InputError), locked_folder(folder):
-            shutil.rmtree(folder)
 
 
 def _assembled(

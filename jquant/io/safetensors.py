@@ -148,11 +148,10 @@ def write_safetensors(
     for name, array in tensors.items():
         if name == "__metadata__":
             raise InputError(f"{path}: the tensor name __metadata__ is reserved by the format")
-        if array.dtype.newbyteorder("<") not in _NAMES:
-            raise InputError(
-                f"{path}: tensor {shown(name)} is {array.dtype}, which safetensors cannot hold; "
-                f"it holds {', '.join(str(dtype) for dtype in _NAMES)}"
-            )
+        try:
+            dtype_name(array.dtype, name)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     _check_metadata(dict(metadata or {}), Path(path))
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -160,8 +159,11 @@ def write_safetensors(
     for name in order:
         array = tensors[name]
         begin, end = end, end + array.nbytes
-        dtype = _NAMES[array.dtype.newbyteorder("<")]
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": dtype_name(array.dtype, name),
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
@@ -170,3 +172,14 @@ def write_safetensors(
             array = np.ascontiguousarray(tensors[name]).reshape(-1)
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
             file.write(little.view(np.uint8).data)
+
+
+def dtype_name(dtype: np.dtype, tensor: str) -> str:
+    """The format's word for a dtype. Raises InputError naming the tensor where it has none."""
+    little = dtype.newbyteorder("<")
+    if little not in _NAMES:
+        raise InputError(
+            f"tensor {shown(tensor)} is {dtype}, which safetensors cannot hold; "
+            f"it holds {', '.join(str(dtype) for dtype in _NAMES)}"
+        )
+    return _NAMES[little]

@@ -24,6 +24,7 @@ from jquant.io.atomic import replacing
 from jquant.io.json_file import read_json_if_there
 from jquant.io.mapped import shown
 
+CHAT_TEMPLATE = "chat_template.jinja"
 MAX_GAP = 1 << 20  # ids without a token below the largest id
 
 
@@ -37,6 +38,7 @@ class Tokenizer:
     add_bos: bool  # whether the checkpoint wants BOS before every text
     add_eos: bool = False  # whether it wants the first of `eos_ids` after every text
     source: str = field(default="the tokenizer", repr=False)  # its file's name, for errors
+    chat_template: str | None = field(default=None, repr=False)  # Jinja; carried along, not used here
 
     def __post_init__(self) -> None:
         if self.add_bos and self.bos_id is None:
@@ -132,7 +134,19 @@ def tokenizer_from_json(path: str | os.PathLike[str]) -> Tokenizer:
         eos_ids=tuple(dict.fromkeys(eos)),
         add_bos=_flag(config, "add_bos_token", config_file, bool(bos) and around[:1] == bos[:1]),
         add_eos=_flag(config, "add_eos_token", config_file, bool(eos) and around[-1:] == eos[:1]),
+        chat_template=_chat_template(config, file.parent / CHAT_TEMPLATE),
     )
+
+
+def _chat_template(config: dict[str, Any], file: Path) -> str | None:
+    """Of its own file, or as older checkpoints have it in tokenizer_config.json; named variants are left out."""
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read: {one_line(error)}") from error
+    found = config.get("chat_template")
+    return found if isinstance(found, str) else None
 
 
 def _parse_backend(file: Path) -> tokenizers.Tokenizer:
@@ -225,6 +239,8 @@ def tokenizer_to_json(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> N
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
         "generation_config.json": json.dumps(generation, indent=2),
     }
+    if tokenizer.chat_template is not None:
+        texts[CHAT_TEMPLATE] = tokenizer.chat_template
     for name, text in texts.items():
         with replacing(folder / name) as file:
             file.write(text.encode())

@@ -48,8 +48,15 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF") ->
     stops = [fields.token_id(f"{stop}_token_id") for stop in ("eos", "eot", "eom")]
     eos_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
     add_eos = fields.get("add_eos_token", bool, False)
+    template = metadata.get("tokenizer.chat_template")
     tokenizer = checked_tokenizer(
-        source, backend=backend, bos_id=bos_id, eos_ids=eos_ids, add_bos=add_bos, add_eos=add_eos
+        source,
+        backend=backend,
+        bos_id=bos_id,
+        eos_ids=eos_ids,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        chat_template=template if isinstance(template, str) else None,
     )
     _add_around(backend, bos_id if add_bos else None, eos_ids[0] if add_eos else None)
     return tokenizer

@@ -22,9 +22,11 @@ from jax.typing import DTypeLike
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
+from jquant.core.scheme import Tensor
 from jquant.io import native
 from jquant.io.gguf import GGUFFile, open_gguf
 from jquant.io.hf_directory import HFDirectory, open_hf_directory
+from jquant.io.json_file import read_json_if_there
 from jquant.io.locate import locate_model
 from jquant.io.mapped import ALIGNMENT, aligned_empty, shown
 from jquant.io.tokenizer import Tokenizer, one_line, tokenizer_from_json
@@ -32,10 +34,12 @@ from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
 from jquant.models.families import config_from_gguf, config_from_hf
-from jquant.models.tensor_names import Table, Transform, gguf_tensors, hf_tensors
+from jquant.models.packed_hf import PackedLayers, packed_layers
+from jquant.models.tensor_names import Table, Transform, as_stored, gguf_tensors, hf_tensors
 from jquant.nn.install import STATIC, install, tensors_of
 
 Reader = Callable[[], "np.ndarray | QTensor"]
+EXPORT_RECORD = "jquant_export.json"  # in a folder that `export` wrote: what it was made from
 
 # Buffers that old exporters saved beside the weights; the decoder computes them.
 _DERIVED = re.compile(
@@ -60,6 +64,7 @@ class Checkpoint:
     tokenizer_reader: Callable[[], Tokenizer] = field(repr=False)
     activations: Mapping[str, str] = field(default_factory=dict, repr=False)  # schemes of layers' inputs, by path
     calibration_sha256: str | None = None  # of the text that a quantized model learned from
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)  # how a quantized model was made
 
     def model(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
         """The decoder with the weights of this checkpoint, cast to `dtype`; packed ones stay packed.
@@ -238,21 +243,65 @@ def _open_hf(name: str, path: Path) -> Checkpoint:
     source = path / "config.json"
     depth = folder.config.get("num_hidden_layers")
     config = _read_config(partial(config_from_hf, folder.config, str(source)), depth, folder.tensors, source)
-    if "quantization_config" in folder.config:
-        method = folder.config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise InputError(f"{path}: is quantized ({method}); reading packed checkpoints of other tools is not there yet")
     tied_copy = "lm_head.weight" if config.tie_embeddings else None
     names = [tensor for tensor in folder.tensors if not _DERIVED.fullmatch(tensor) and tensor != tied_copy]
+    table, read = hf_tensors(config.architecture), folder.read
+    packed, activations = None, {}
+    if folder.config.get("quantization_config") is not None:
+        packed = packed_layers(folder)
+        weights = {f"{layer}.weight": layer for layer in packed.readers}
+        names = [*(tensor for tensor in names if tensor not in packed.tensors), *weights]
+        read = partial(_packed_or_float, packed, weights, folder)
+    readers = _readers(names, table, read, config, path)
+    if packed is not None:
+        inputs, activations = _inputs(packed, table, path)
+        readers |= inputs
     return Checkpoint(
         name=name,
         path=path,
         config=config,
         note=_hf_note(folder),
-        readers=_readers(names, hf_tensors(config.architecture), folder.read, config, path),
+        readers=readers,
         weights_sha256=partial(_sha256, tuple(file.path for file in folder.files)),
         tokenizer_reader=lambda: tokenizer_from_json(path),
+        activations=activations,
+        provenance=_exported(path),
     )
+
+
+def _packed_or_float(
+    packed: PackedLayers, weights: Mapping[str, str], folder: HFDirectory, name: str
+) -> np.ndarray | QTensor:
+    return packed.weight(weights[name]) if name in weights else folder.read(name)
+
+
+def _inputs(packed: PackedLayers, table: Table, path: Path) -> tuple[dict[str, Reader], dict[str, str]]:
+    """Readers of the static scales of layers' inputs, and the schemes of inputs, by the decoder's paths."""
+    readers: dict[str, Reader] = {}
+    activations: dict[str, str] = {}
+    for layer, activation in packed.activations.items():
+        numbers = _NUMBER.findall(f"{layer}.")
+        owner = table[_NUMBER.sub("{}", f"{layer}.weight")][0][0].format(*numbers[:1]).removesuffix(".weight")
+        if activations.setdefault(owner, str(activation)) != str(activation):
+            raise InputError(f"{path}: inputs of {owner}'s experts are quantized in different ways")
+        if not isinstance(activation.granularity, Tensor):
+            continue
+        if len(numbers) == 2:
+            raise InputError(f"{path}: static scales for the inputs of single experts are not supported")
+        readers[f"{owner}.input_scale"] = partial(_static, packed, layer, "input_scale")
+        if activation.zero_point == "integer":
+            readers[f"{owner}.input_zero_point"] = partial(_static, packed, layer, "input_zero_point")
+    return readers, activations
+
+
+def _static(packed: PackedLayers, layer: str, name: str) -> np.ndarray:
+    return np.asarray(getattr(packed.readers[layer](), name), np.float32)
+
+
+def _exported(path: Path) -> Mapping[str, Any]:
+    """What a folder that `export` wrote says of its making."""
+    said = read_json_if_there(path / EXPORT_RECORD).get("provenance", {})
+    return said if isinstance(said, dict) else {}
 
 
 def _open_native(name: str, path: Path) -> Checkpoint:
@@ -267,7 +316,13 @@ def _open_native(name: str, path: Path) -> Checkpoint:
         tokenizer_reader=lambda: tokenizer_from_json(path),
         activations=_activations(opened.description, path),
         calibration_sha256=_calibration(opened.description),
+        provenance=_provenance(opened.description),
     )
+
+
+def _provenance(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = description.get("provenance", {})
+    return found if isinstance(found, dict) else {}
 
 
 def _activations(description: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -333,7 +388,11 @@ def _sha256(files: tuple[Path, ...]) -> str:
 
 
 def _readers(
-    tensors: Iterable[str], table: Table, read: Callable[[str], np.ndarray], config: ModelConfig, path: Path
+    tensors: Iterable[str],
+    table: Table,
+    read: Callable[[str], np.ndarray | QTensor],
+    config: ModelConfig,
+    path: Path,
 ) -> dict[str, Reader]:
     """By parameter path; matrices of experts that lie apart are stacked."""
     readers: dict[str, Reader] = {}
@@ -362,9 +421,13 @@ def _readers(
 
 
 def _transformed(
-    read: Callable[[str], np.ndarray], tensor: str, transform: Transform, config: ModelConfig, what: str
-) -> np.ndarray:
+    read: Callable[[str], np.ndarray | QTensor], tensor: str, transform: Transform, config: ModelConfig, what: str
+) -> np.ndarray | QTensor:
     array = read(tensor)
+    if isinstance(array, QTensor):
+        if transform is not as_stored:
+            raise InputError(f"{what} is packed, and a part of {shown(tensor)} or turned: that is not supported")
+        return array
     if not jnp.issubdtype(array.dtype, jnp.floating):  # a transform may make floats of it
         raise InputError(f"{what} has dtype {array.dtype}, weights must be floats")
     if not array.ndim:
@@ -372,8 +435,14 @@ def _transformed(
     return transform(array, config)
 
 
-def _stacked(readers: list[Reader], ours: str, path: Path) -> np.ndarray:
-    matrices = [np.asarray(reader()) for reader in readers]
+def _stacked(readers: list[Reader], ours: str, path: Path) -> np.ndarray | QTensor:
+    found = [reader() for reader in readers]
+    if any(isinstance(each, QTensor) for each in found):
+        kinds = {each.scheme if isinstance(each, QTensor) else None for each in found}
+        if len(kinds) > 1 or len({each.shape for each in found}) > 1:
+            raise InputError(f"{path}: tensors for {ours} of single experts are of different schemes or shapes")
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *found)
+    matrices = [np.asarray(each) for each in found]
     shapes = list(dict.fromkeys(matrix.shape for matrix in matrices))
     if len(shapes) > 1:
         raise InputError(f"{path}: tensors for {ours} of one expert have shape {shapes[0]}, of another {shapes[1]}")

@@ -7,6 +7,7 @@ second one the expert's, whose matrices are stacked. A fused tensor fills severa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,9 @@ def transposed(array: np.ndarray, config: ModelConfig) -> np.ndarray:
     return array.T
 
 
+_PARTS: dict[Transform, Transform] = {}  # of `part`: what it does to the whole first
+
+
 def part(name: str, then: Transform = as_stored) -> Transform:
     """The rows of q, k or v in a fused projection, or of gate or up, after `then`."""
 
@@ -47,6 +51,7 @@ def part(name: str, then: Transform = as_stored) -> Transform:
         whole = then(array, config)
         return whole[start : start + rows] if len(whole) == total else whole  # the caller reports a wrong shape
 
+    _PARTS[cut] = then
     return cut
 
 
@@ -67,6 +72,35 @@ def interleaved_to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """
     split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def minus_one(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The inverse of `plus_one`."""
+    return np.asarray(array, np.float32) - 1
+
+
+_INVERSES: dict[Transform, Transform] = {as_stored: as_stored, plus_one: minus_one, transposed: transposed}
+
+
+class Placement(NamedTuple):
+    """Where parameters go in a checkpoint: templates, as in `Table`; several, in their order, make one tensor."""
+
+    tensor: str
+    ours: tuple[str, ...]
+    inverse: Transform  # of what reading does to the tensor
+
+
+def hf_placements(architecture: str) -> dict[str, Placement]:
+    """By parameter path template, where a Hugging Face checkpoint of this architecture has it."""
+    found: dict[str, Placement] = {}
+    for tensor, filled in _HF[architecture].items():
+        ours = tuple(path for path, _ in filled)
+        if ours[0] in found:
+            continue  # the other name of two
+        transform = filled[0][1]
+        placement = Placement(tensor, ours, _INVERSES[_PARTS.get(transform, transform)])
+        found |= dict.fromkeys(ours, placement)
+    return found
 
 
 def hf_tensors(architecture: str) -> Table:

@@ -22,7 +22,7 @@ import pytest
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import scheme
-from jquant.io import native
+from jquant.io import native, new_folder
 from jquant.io.native import ARRAYS, DESCRIPTION, open_native, write_native
 from jquant.models.checkpoint import load_model, open_checkpoint
 from jquant.models.save import save
@@ -326,7 +326,7 @@ def test_a_killed_writer_leaves_nothing_under_the_name_and_the_next_one_tidies_u
         assert writer.stdout.readline() == "arrays are written\n"
         (left,) = tmp_path.iterdir()
         assert left.name.startswith(".m.")
-        native._remove_abandoned(target)
+        new_folder._remove_abandoned(target)
         assert left.exists(), "its writer is at work"
         os.kill(writer.pid, signal.SIGKILL)
     assert [path.name for path in tmp_path.iterdir()] == [left.name]

@@ -392,9 +392,17 @@ def test_an_integer_weight_is_an_error(altered, dtype):
     _refused(folder, rf"blocks\.1\.mlp\.gate_proj\.weight has dtype {np.dtype(dtype)}, weights must be floats")
 
 
-@pytest.mark.parametrize("method", [{"quant_method": "gptq", "bits": 4}, "odd", {}])
-def test_a_checkpoint_packed_by_another_tool_is_refused(altered, method):
-    _refused(altered(config={"quantization_config": method}), r"is quantized \((gptq|odd|None)\)")
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "no tensor is called qweight"),
+        ({"quant_method": "quip"}, "quant_method 'quip' is not read; there are gptq, awq, compressed-tensors"),
+        ("odd", "quant_method 'None' is not read"),
+        ({}, "quant_method 'None' is not read"),
+    ],
+)
+def test_a_config_of_packed_weights_that_are_not_there_is_refused(altered, method, message):
+    _refused(altered(config={"quantization_config": method}), message)
 
 
 def test_a_tied_checkpoint_may_hold_a_copy_of_the_head(altered):

@@ -1,0 +1,100 @@
+"""One quantized layer as other tools store it: a weight and, where the input is quantized too, how.
+
+A format is a module with functions of these; the tensors of a layer go by the names behind the layer's own, as
+"weight_packed".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor, from_codes
+from jquant.core.scales import StoredScale
+from jquant.core.scheme import Channel, Group, Scheme
+
+Arrays = Mapping[str, np.ndarray]
+FLOAT_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLayer:
+    """What a layer's tensors say."""
+
+    weight: QTensor
+    activation: Scheme | None = None  # of the input
+    input_scale: ArrayLike | None = None  # of an activation's `tensor` scheme
+    input_zero_point: ArrayLike | None = None
+
+
+def built(
+    codes: np.ndarray,
+    scheme: Scheme,
+    scale: np.ndarray,
+    *,
+    scale2: np.ndarray | None = None,
+    zero_points: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    dtype: np.dtype,
+) -> QTensor:
+    """The tensor of codes [out, in], with scales as stored."""
+    return _built(scheme, dtype, codes, scale, scale2, zero_points, groups)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _built(scheme: Scheme, dtype: np.dtype, codes, scale, scale2, zero_points, groups) -> QTensor:
+    return from_codes(
+        codes, scheme, StoredScale(scale, scale2=scale2), zero_points=zero_points, dtype=dtype, groups=groups
+    )
+
+
+@jax.jit
+def codes_of(q: QTensor) -> jax.Array:
+    """Unpacked codes."""
+    return q.codes()
+
+
+@jax.jit
+def zero_points_of(q: QTensor) -> jax.Array | None:
+    """The code of zero in each tile."""
+    return q.zero_points()
+
+
+def group_size(scheme: Scheme) -> int:
+    """−1 for one scale a channel, as all formats here write it. Raises InputError of another granularity."""
+    match scheme.granularity:
+        case Channel():
+            return -1
+        case Group(size):
+            return size
+    raise InputError(f"scales per {scheme.granularity}")
+
+
+def check_whole_groups(q: QTensor, what: str) -> None:
+    """Raises InputError where the last group of a row is shorter."""
+    match q.scheme.granularity:
+        case Group(size) if q.matrix_shape[1] % size:
+            raise InputError(f"{what}: groups of {size} do not divide {q.matrix_shape[1]} inputs: use another size")
+
+
+def required(arrays: Arrays, name: str, dtypes: tuple[np.dtype | type, ...], ndim: int, what: str) -> np.ndarray:
+    """The array of that name. Raises InputError where it is missing, or of another dtype or number of axes."""
+    if name not in arrays:
+        raise InputError(f"{what}: tensor {name} is missing")
+    array = arrays[name]
+    if array.dtype not in [np.dtype(dtype) for dtype in dtypes] or array.ndim != ndim:
+        kinds = ", ".join(str(np.dtype(dtype)) for dtype in dtypes)
+        raise InputError(f"{what}: {name} is {array.dtype} of {array.ndim} axes; it must be {kinds} of {ndim}")
+    return array
+
+
+def check_shape(array: np.ndarray, shape: tuple[int, ...], name: str, what: str) -> None:
+    """Raises InputError where the shape is another."""
+    if array.shape != shape:
+        raise InputError(f"{what}: {name} has shape {array.shape}; it must be {shape}")
