@@ -35,6 +35,7 @@ from jquant.qat.losses import distillation_loss
 from jquant.qat.metrics import METRICS, TENSORBOARD, StepRecord
 from jquant.qat.prepare import prepare
 from jquant.qat.rules import Recipe
+from jquant.qat.schedule import rounded_to_nearest
 from jquant.qat.stage import calibrate
 from jquant.qat.trainer import EvalFn, TrainResult, train
 
@@ -153,13 +154,15 @@ def _train(
     definition = _definition(checkpoint, recipe, training, distillation)
     model = checkpoint.model()
     teacher = nnx.clone(model)  # of the same arrays: training works on copies
-    report = prepare(model, recipe, announce=announce)
+    report = prepare(model, recipe, key=jax.random.key(config.seed), announce=announce)
     if report.uncalibrated:
         _calibrate(model, training, config)
         announce(f"… and start from {_CALIBRATION_BATCHES} batches of the training text")
     if evaluate is not None and not has_states(unfinished / _TRAINING):
-        (name, of_float), of_rounded = *evaluate(teacher).items(), evaluate(model)
-        announce(f"{name} before training: {of_rounded[name]:.6g}, in floats {of_float:.6g}")
+        with rounded_to_nearest(model):
+            of_rounded = evaluate(model)
+        for name, of_float in evaluate(teacher).items():
+            announce(f"{name} before training: {of_rounded[name]:.6g}, in floats {of_float:.6g}")
     result = train(
         model,
         loss,

@@ -40,6 +40,7 @@ RECIPES = {
     "int4, a range": one_rule("int4:g32:fp16"),
     "int3, trained": one_rule("int3:g32", gradient="lsq"),
     "nf4": one_rule("nf4:g32:dq"),
+    "int4, stochastic": one_rule("int4:g32", rounding="stochastic"),
     "int8 by int8": one_rule("int8:channel", activation="int8:token"),
     "int4 by int8": one_rule("int4:g32", activation="int8:token"),
     "int8 by trained int8": one_rule(
@@ -239,10 +240,10 @@ def test_killed_at_many_points_it_ends_with_the_same_bits(source: Path, tmp_path
     assert whole.returncode == 0, whole.stderr
     calls = int(whole.stdout.split()[-1])
     killed = 0
-    for limit in (2, 7, 10, 13, calls // 2, calls // 3, 3, 2, 1):
+    for limit in (1, 2, 3, 5, 8, 13, 21, calls // 3):
         if run(limit, tmp_path / "q").returncode == -signal.SIGKILL:
             killed += 1
-    assert killed >= 6
+    assert killed >= 6, calls
     if not (tmp_path / "q").exists():
         assert run(0, tmp_path / "q").returncode == 0
     assert open_native(tmp_path / "q").sha256 == open_native(tmp_path / "whole").sha256

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from flax import nnx
 
-from jquant.nn.fake_quant import FakeQuantModule
+from jquant.nn.fake_quant import FakeQuantModule, WeightQuantizer
 from jquant.qat.config import QATConfig
 from jquant.qat.stage import set_bits, set_enabled, set_observing
 
@@ -50,3 +52,17 @@ def enter(model: nnx.Module, stage: Stage, config: QATConfig) -> None:
     set_observing(model, stage.observing)
     if config.gradual_bits:
         set_bits(model, stage.bits)
+
+
+@contextlib.contextmanager
+def rounded_to_nearest(model: nnx.Module) -> Iterator[None]:
+    """Weights that training rounds stochastically, as the converted model has them: what is evaluated."""
+    found = [module for _, module in nnx.iter_graph(model) if isinstance(module, WeightQuantizer)]
+    streams = [quantizer.rngs for quantizer in found]
+    for quantizer in found:
+        quantizer.rngs = None
+    try:
+        yield
+    finally:
+        for quantizer, stream in zip(found, streams, strict=True):
+            quantizer.rngs = stream

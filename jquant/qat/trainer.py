@@ -30,7 +30,7 @@ from jquant.qat.config import QATConfig
 from jquant.qat.losses import LossFn
 from jquant.qat.metrics import MetricsLog, StepRecord
 from jquant.qat.optimizer import make_optimizer, schedule
-from jquant.qat.schedule import FINAL, enter, stage_at
+from jquant.qat.schedule import FINAL, enter, rounded_to_nearest, stage_at
 from jquant.qat.sharding import make_mesh, parameter_shardings, spread_rows, state_shardings
 from jquant.qat.state import Parts, TrainState, cast, split
 from jquant.qat.step import StepReport, make_step
@@ -252,7 +252,8 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         assert self.eval_fn is not None
         self.put_back()
-        return {name: float(value) for name, value in self.eval_fn(self.model).items()}
+        with rounded_to_nearest(self.model):
+            return {name: float(value) for name, value in self.eval_fn(self.model).items()}
 
     def _keep(self, step: int, figures: Mapping[str, float], states: Checkpoints) -> None:
         name = self.config.best

@@ -35,6 +35,22 @@ def test_only_matrices_decay() -> None:
     np.testing.assert_allclose([found["w"], found["b"], found["s"]], [-0.05, 0, 0], atol=1e-7)
 
 
+def test_gradients_are_clipped_together() -> None:
+    """Adam forgets a factor, but not from step to step: the second gradient, of norm 50, counts as one of norm 1."""
+    config = QATConfig(steps=10, learning_rate=0.1, warmup_steps=0, max_grad_norm=1.0, final_rate=1.0).with_steps(None)
+    groups = {"w": "matrices", "b": "vectors"}
+    optimizer = make_optimizer(config, groups)
+    params = {name: jnp.zeros((1, 1)) for name in groups}
+    state = optimizer.init(params)
+    for scale in (0.1, 10.0):
+        gradient = {"w": jnp.full((1, 1), 3 * scale), "b": jnp.full((1, 1), 4 * scale)}
+        updates, state = optimizer.update(gradient, state, params)
+    for name, first, second in (("w", 0.3, 0.6), ("b", 0.4, 0.8)):
+        mean = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
+        square = (0.999 * 0.001 * first**2 + 0.001 * second**2) / (1 - 0.999**2)
+        np.testing.assert_allclose(updates[name], -0.1 * mean / (square**0.5 + 1e-8), rtol=1e-4)  # type: ignore[index]
+
+
 def test_the_rate_rises_and_falls() -> None:
     config = QATConfig(steps=104, warmup_steps=4, final_rate=0.1).with_steps(None)
     rates = np.asarray(schedule(config, 2.0)(jnp.arange(104)))

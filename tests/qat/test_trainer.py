@@ -10,15 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant import qat
 from jquant.core.errors import InputError
+from jquant.io.folder_lock import locked_folder
+from jquant.qat.batches import RowBatches
 from jquant.qat.config import QATConfig
+from jquant.qat.losses import distillation_loss
 from jquant.qat.metrics import METRICS, StepRecord
 from jquant.qat.trainer import TrainResult, train
-from tests.qat.small import Net, arrays, batches, squared_error
+from tests.qat.small import Net, arrays, batches, rows, squared_error
+from tests.tiny_checkpoint import tiny_model
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 CONFIG = QATConfig(steps=8, batch=8, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2, weight_decay=0.01)
@@ -90,6 +97,31 @@ def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
         np.testing.assert_allclose(other, one, rtol=1e-3, atol=5e-4)
     if "fsdp" in mesh:
         assert "fsdp" in spread.first.kernel.get_value().sharding.spec  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_a_mesh_distils_as_one_device_does() -> None:
+    """A decoder with trained scales of weights and inputs, and running ranges."""
+    tokens = np.random.default_rng(0).integers(0, 257, (16, 12)).astype(np.int32)
+    recipe = qat.Recipe(
+        rules=(
+            qat.Rule(layers=("mlp",), scheme="int4:g32", gradient="lsq"),
+            qat.Rule(layers=(r"^blocks\.",), scheme="int4:g32:asym", activation="int8:tensor"),
+        )
+    )
+    found = []
+    for spec in ("", "data=2,fsdp=4"):
+        config = _config(steps=3, learning_rate=1e-3, mesh=spec, weight_decay=0.0)
+        model, heard = tiny_model(), []
+        qat.prepare(model, recipe, announce=lambda said: None)
+        data = RowBatches(tokens, batch=8, seed=0)
+        train(model, distillation_loss(hidden_weight=0.1), data, config, teacher=tiny_model(), listen=heard.append)
+        found.append((model, [(record.loss, record.parts["hidden"]) for record in heard]))
+    (alone, losses), (spread, losses_too) = found
+    np.testing.assert_allclose(losses_too, losses, rtol=1e-4)
+    for one, other in zip(arrays(alone), arrays(spread), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-2, atol=5e-3)
+    assert spread.blocks[0].mlp.up_proj.weight.get_value().sharding.spec == jax.sharding.PartitionSpec("fsdp", None)
 
 
 def test_bfloat16_computes_near_float32() -> None:
@@ -185,6 +217,41 @@ def test_it_keeps_the_latest_states_and_the_best(tmp_path: Path) -> None:
     assert _lines(tmp_path)[3]["eval_score"] == 1.0
     with pytest.raises(InputError, match="best is 'other'; the evaluation gives score"):
         _run(_config(best="other"), folder=tmp_path / "other", eval_fn=lambda model: {"score": 1.0})
+
+
+def test_figures_that_are_asked_for_need_their_source(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="eval_every and best need figures: give eval_fn"):
+        _run(_config(eval_every=2))
+    with pytest.raises(InputError, match="best is 'score': its state is kept in a folder; give one"):
+        _run(_config(best="score"), eval_fn=lambda model: {"score": 1.0})
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    with locked_folder(tmp_path), pytest.raises(InputError, match="another process is at work there"):
+        _run(CONFIG, folder=tmp_path)
+
+
+def test_a_folder_without_a_state_takes_another_run(tmp_path: Path) -> None:
+    def stop(record: StepRecord) -> None:
+        raise KeyboardInterrupt
+
+    config = _config(checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(Net(), squared_error, batches(config), config, folder=tmp_path, listen=stop)
+    _, result, _ = _run(_config(learning_rate=2e-2), folder=tmp_path)
+    assert result.resumed_from == 0
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 9))
+
+
+def test_any_iterator_with_a_place_is_read() -> None:
+    """As grain's own: it has no length, so the config says how many steps."""
+    dataset = grain.MapDataset.source(range(40)).seed(1).shuffle().map(lambda i: jax.tree.map(lambda a: a[i], rows()))
+    iterator = iter(dataset.repeat(4).batch(8, drop_remainder=True).to_iter_dataset())
+    heard: list[StepRecord] = []
+    train(Net(), squared_error, iterator, _config(steps=3), listen=heard.append)
+    assert [record.step for record in heard] == [1, 2, 3]
+    with pytest.raises(InputError, match="the data does not say how long an epoch is: give steps"):
+        train(Net(), squared_error, iterator, _config(steps=None))
 
 
 def test_what_diverges_is_named(tmp_path: Path) -> None:
