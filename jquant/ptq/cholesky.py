@@ -1,7 +1,6 @@
 """The Cholesky factor that begins at the last column, and the inverse of a triangle.
 
     A = [A₁ B; · A₂] = R·Rᵀ, R upper:   A₂ = R₂·R₂ᵀ,   M = B·R₂⁻ᵀ,   A₁ − M·Mᵀ = R₁·R₁ᵀ,   R = [R₁ M; 0 R₂]
-    [R₁ M; 0 R₂]⁻¹ = [R₁⁻¹  −R₁⁻¹·M·R₂⁻¹; 0  R₂⁻¹]
 
 In halves nearly all of the work is matrix products. On CPU the factor is made so, and BLAS gets no triangle to solve
 and, up to 2048, none wider than 128 to factorize: it starts threads of its own, which on a busy machine wait for each
@@ -38,32 +37,26 @@ def _at_once(a: Array) -> Array:
 
 
 def inverse_upper(r: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """R⁻¹ of upper triangular matrices."""
+    """X = R⁻¹ of upper triangular matrices, in rows of blocks from the last: X_i = R_ii⁻¹·(I_i − Σ_{k>i} R_ik·X_k)."""
     size = r.shape[-1]
-    parts = 1
-    while parts * _SMALL < size:
-        parts *= 2
-    width = -(-size // parts)
-    missing = parts * width - size
+    blocks = -(-size // _SMALL)
+    width = -(-size // blocks)
+    missing = blocks * width - size
     padded = jnp.pad(r.reshape(-1, size, size), ((0, 0), (0, missing), (0, missing)))
-    padded += jnp.diag((jnp.arange(parts * width) >= size).astype(r.dtype))
-    found = _substitute(_on_diagonal(padded, width))
-    while found.shape[1] < padded.shape[1]:
-        width = found.shape[1]
-        first, last = found[0::2], found[1::2]
-        beside = _on_diagonal(padded, 2 * width)[:, :width, width:]
-        corner = -_product(_product(first, beside), last)
-        below = jnp.zeros_like(corner)
-        found = jnp.concatenate(
-            [jnp.concatenate([first, corner], axis=2), jnp.concatenate([below, last], axis=2)], axis=1
-        )
+    padded += jnp.diag((jnp.arange(blocks * width) >= size).astype(r.dtype))
+    starts = range(0, blocks * width, width)
+    on_diagonal = jnp.stack([padded[:, at : at + width, at : at + width] for at in starts])
+    inverses = _substitute(on_diagonal.reshape(-1, width, width)).reshape(on_diagonal.shape)
+    identity = jnp.broadcast_to(jnp.eye(blocks * width, dtype=r.dtype), padded.shape)
+
+    def one_block(index: Array, found: Array) -> Array:
+        block = blocks - 1 - index
+        rows, ones = (jax.lax.dynamic_slice_in_dim(each, block * width, width, axis=1) for each in (padded, identity))
+        value = _product(inverses[block], ones - _product(rows, found))
+        return jax.lax.dynamic_update_slice_in_dim(found, value, block * width, axis=1)
+
+    found = jax.lax.fori_loop(0, blocks, one_block, jnp.zeros_like(padded))
     return found[:, :size, :size].reshape(r.shape)
-
-
-def _on_diagonal(a: Array, width: int) -> Array:
-    """The blocks on the diagonals of [batch, n, n], one after another: [batch · n/width, width, width]."""
-    starts = range(0, a.shape[1], width)
-    return jnp.stack([a[:, at : at + width, at : at + width] for at in starts], axis=1).reshape(-1, width, width)
 
 
 def _substitute(r: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:

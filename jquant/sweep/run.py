@@ -32,7 +32,7 @@ from jquant.sweep.statistics import Statistics, gather, wanted
 from jquant.sweep.store import Store, open_store
 from jquant.sweep.table import write_csv, write_json
 
-NUMERICS = 3  # raised when a change moves numbers of cells: cells of another value are not mixed with these
+NUMERICS = 4  # raised when a change moves numbers of cells: cells of another value are not mixed with these
 
 Listener = Callable[["Event"], None]
 
