@@ -38,7 +38,7 @@ def culprit(
     for name in names:
         if not np.isfinite(now[name]):
             return f"{name} holds a value that is not finite"
-    growth = {name: now[name] / (start[name] or 1.0) for name in names}  # what begins at 0 is measured against 1
+    growth = {name: _growth(name, start[name], now[name]) for name in names}
     grown = max(names, key=growth.__getitem__)
     if growth[grown] >= 2:
         return f"{grown} has grown most: its largest value is {now[grown]:.4g}, {start[grown]:.4g} at the start"
@@ -50,3 +50,10 @@ def culprit(
         steepest = names[int(np.argmax(gradients))]
         return f"the gradient of {steepest} is the largest: its norm is {gradients.max():.4g}"
     return "no parameter has grown, and no gradient is finite: look at the data and the loss function"
+
+
+def _growth(name: Path, start: float, now: float) -> float:
+    """By what factor: a trained scale is kept as its logarithm; what begins at 0 is measured against 1."""
+    if name.rpartition(".")[2] == "log_scale":
+        return 2.0 ** min(now - start, 1000.0)
+    return now / (start or 1.0)

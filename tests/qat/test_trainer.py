@@ -20,6 +20,7 @@ from jquant import qat
 from jquant.core.errors import InputError
 from jquant.io.folder_lock import locked_folder
 from jquant.qat.batches import RowBatches
+from jquant.qat.blowup import culprit
 from jquant.qat.config import QATConfig
 from jquant.qat.losses import distillation_loss
 from jquant.qat.metrics import METRICS, StepRecord
@@ -269,6 +270,27 @@ def test_what_diverges_is_named(tmp_path: Path) -> None:
     ):
         train(model, explode, batches(config), config, folder=tmp_path)
     assert all(np.isfinite(array).all() for array in arrays(model))
+
+
+def test_the_layer_whose_scale_blew_up_is_named() -> None:
+    """Scales are kept as logarithms: −0.1 to −1 is a factor of two, not of ten."""
+    names: list[str] = ["a.weight", "a.weight_quantizer.log_scale", "b.weight_quantizer.log_scale"]
+    start = dict(zip(names, (0.5, 0.1, 5.0), strict=True))
+    for now, wanted in (
+        ((2.0, 1.0, 5.0), "a.weight has grown most"),
+        ((2.0, 1.0, 15.0), "b.weight_quantizer.log_scale has grown most: its largest value is 15, 5 at the start"),
+        ((2.0, float("nan"), 15.0), "a.weight_quantizer.log_scale holds a value that is not finite"),
+    ):
+        assert culprit(names, start, dict(zip(names, now, strict=True)), np.ones(3)).startswith(wanted)
+
+
+def test_scales_stay_positive_whatever_their_rate() -> None:
+    net = Net(dropout=0.0)
+    qat.prepare(net, qat.one_rule("int4:channel", layers=("second",), gradient="lsq"), announce=lambda said: None)
+    _run(_config(scale_learning_rate=3.0), net)
+    scale, _ = net.second.weight_quantizer.parameters()  # type: ignore[attr-defined]
+    assert (np.asarray(scale) > 0).all()
+    assert (np.asarray(scale) < 1e-3).any() or (np.asarray(scale) > 1e2).any()
 
 
 def test_data_that_does_not_fit_is_refused() -> None:
