@@ -39,19 +39,25 @@ def built(
     scale: np.ndarray,
     *,
     scale2: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
     zero_points: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     dtype: np.dtype,
 ) -> QTensor:
     """The tensor of codes [out, in], with scales as stored."""
-    return _built(scheme, dtype, codes, scale, scale2, zero_points, groups)
+    return _built(scheme, dtype, codes, StoredScale(scale, scale2, offset), zero_points, groups)  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _built(scheme: Scheme, dtype: np.dtype, codes, scale, scale2, zero_points, groups) -> QTensor:
-    return from_codes(
-        codes, scheme, StoredScale(scale, scale2=scale2), zero_points=zero_points, dtype=dtype, groups=groups
-    )
+def _built(
+    scheme: Scheme,
+    dtype: np.dtype,
+    codes: jax.Array,
+    stored: StoredScale,
+    zero_points: jax.Array | None,
+    groups: jax.Array | None,
+) -> QTensor:
+    return from_codes(codes, scheme, stored, zero_points=zero_points, dtype=dtype, groups=groups)
 
 
 @jax.jit

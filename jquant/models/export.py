@@ -4,6 +4,7 @@
     compressed-tensors   llm-compressor's, for vLLM and transformers
     gptq, gptq_v2        GPTQModel's
     awq                  AutoAWQ's, in the GEMM layout
+    bitsandbytes         NF4, with float32 scales or nested ones
 
 A part of the model is written at a time. The folder also gets config.json, tokenizer, generation config, chat template,
 a model card, and `jquant_export.json`, which says of every packed tensor what its scheme was.
@@ -26,7 +27,7 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize
 from jquant.core.scheme import Scheme
 from jquant.core.scheme import scheme as parse_scheme
-from jquant.io import awq, compressed_tensors, gptq
+from jquant.io import awq, bitsandbytes, compressed_tensors, gptq
 from jquant.io.json_file import as_text
 from jquant.io.new_folder import appearing_folder, check_new_folder
 from jquant.io.packed_layer import PackedLayer
@@ -41,7 +42,7 @@ from jquant.models.stream import StreamedModel
 from jquant.models.tensor_names import Placement, as_stored, hf_placements
 from jquant.nn.install import STATIC, activations_of, tensors_of
 
-FORMATS = ("hf", "compressed-tensors", "gptq", "gptq_v2", "awq")
+FORMATS = ("hf", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes")
 MAX_SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them
 
 Value = jax.Array | np.ndarray | QTensor
@@ -226,6 +227,11 @@ def _awq(layer: PackedLayer, what: str) -> dict[str, np.ndarray]:
     return awq.layer_tensors(layer.weight, what=what)
 
 
+def _bitsandbytes(layer: PackedLayer, what: str) -> dict[str, np.ndarray]:
+    _check(bitsandbytes.check, layer, what)
+    return bitsandbytes.layer_tensors(layer.weight, what=what)
+
+
 def _compressed_tensors(layer: PackedLayer, what: str) -> dict[str, np.ndarray]:
     _check(compressed_tensors.format_of, layer, what)
     return compressed_tensors.layer_tensors(layer, what=what)
@@ -243,6 +249,7 @@ _PACKERS: dict[str, Callable[[PackedLayer, str], dict[str, np.ndarray]]] = {
     "gptq": _gptq("gptq"),
     "gptq_v2": _gptq("gptq_v2"),
     "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
 }
 
 
@@ -255,8 +262,9 @@ def _quantization(format: str, written: _Written) -> dict[str, Any] | None:
     if format == "compressed-tensors":
         return compressed_tensors.quantization_config(written.layers, written.kept)
     schemes = {name: weight for name, (weight, _) in written.layers.items()}
-    if format == "awq":
-        return awq.quantization_config(schemes, kept=written.kept)
+    if format in ("awq", "bitsandbytes"):
+        settings = awq if format == "awq" else bitsandbytes
+        return settings.quantization_config(schemes, kept=written.kept)
     version: gptq.Version = "gptq" if format == "gptq" else "gptq_v2"
     return gptq.quantization_config(schemes, version=version, act_order=written.act_order)
 

@@ -10,7 +10,7 @@ import tyro
 
 from jquant.core.errors import InputError
 
-Format = Literal["hf", "compressed-tensors", "gptq", "gptq_v2", "awq"]
+Format = Literal["hf", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ import numpy as np
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme
-from jquant.io import awq, compressed_tensors, gptq
+from jquant.io import awq, bitsandbytes, compressed_tensors, gptq
 from jquant.io.hf_directory import HFDirectory
 from jquant.io.mapped import shown
 from jquant.io.packed_layer import PackedLayer
 
-READ = ("gptq", "awq", "compressed-tensors")  # quant_method of config.json
+READ = ("gptq", "awq", "compressed-tensors", "bitsandbytes")  # quant_method of config.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,11 @@ def packed_layers(folder: HFDirectory) -> PackedLayers:
         raise InputError(f"{source}: quant_method {shown(str(method))} is not read; there are {', '.join(READ)}")
     if method == "compressed-tensors":
         return _compressed_tensors(folder, compressed_tensors.read_config(config, source))
+    if method == "bitsandbytes":
+        bitsandbytes.check_config(config, source)
+        by_layer = _grouped(folder, bitsandbytes.TENSORS, mark="weight.absmax")
+        read = partial(bitsandbytes.read_layer, dtype=np.dtype(np.float32))
+        return _layers(folder, by_layer, dict.fromkeys(by_layer, read))
     by_layer = _grouped(folder, gptq.TENSORS if method == "gptq" else awq.TENSORS, mark="qweight")
     if method == "gptq":
         read = partial(gptq.read_layer, config=gptq.read_config(config, source), dtype=np.dtype(np.float32))

@@ -39,6 +39,7 @@ HELD = {
         "int8:g32:asym:fp16",
         "int4:g32:fp16",
     ),
+    "bitsandbytes": ("nf4:g32", "nf4:g32:dq"),
     "awq": ("int4:g32:asym:fp16", "int4:g32:fp16", "int4:channel:asym:fp16"),
 }
 
