@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jquant.ptq.recipe import one_rule as one_rule
     from jquant.ptq.recipe import read_recipe as read_recipe
     from jquant.ptq.rtn import quantize_layers as quantize_layers
+    from jquant.qat_run import train_checkpoint as train_checkpoint
     from jquant.quantization_run import quantize_checkpoint as quantize_checkpoint
     from jquant.sweep.config import SweepConfig as SweepConfig
     from jquant.sweep.run import run_sweep as run_sweep
@@ -84,6 +85,7 @@ _HOME = {
     "one_rule": "ptq.recipe",
     "read_recipe": "ptq.recipe",
     "quantize_layers": "ptq.rtn",
+    "train_checkpoint": "qat_run",
     "quantize_checkpoint": "quantization_run",
     "SweepConfig": "sweep.config",
     "run_sweep": "sweep.run",

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jquant import __version__
+from jquant.core.errors import InputError
+from jquant.core.qtensor import QTensor
 from jquant.data.blocks import Windows, check_disjoint
 from jquant.evaluation.perplexity import perplexity
 from jquant.io.folder_lock import locked_folder
@@ -153,6 +155,9 @@ def _train(
     )
     definition = _definition(checkpoint, recipe, training, distillation)
     model = checkpoint.model()
+    packed = next((path for path, tensor in tensors_of(model).items() if isinstance(tensor, QTensor)), None)
+    if packed is not None:
+        raise InputError(f"{checkpoint.name}: {packed} is packed; training starts from the float model")
     teacher = nnx.clone(model)  # of the same arrays: training works on copies
     report = prepare(model, recipe, key=jax.random.key(config.seed), announce=announce)
     if report.uncalibrated:

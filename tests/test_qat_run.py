@@ -31,7 +31,7 @@ from jquant.qat.metrics import METRICS
 from jquant.qat.prepare import prepare
 from jquant.qat.rules import Recipe, one_rule
 from jquant.qat.trainer import TrainResult, train
-from jquant.qat_run import train_checkpoint
+from jquant.qat_run import check_out, train_checkpoint
 from tests.tiny_checkpoint import write
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -146,6 +146,27 @@ def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(source: Path, t
         _run(source, tmp_path / "q", RECIPES["nf4"], config, listen=stop)
     with pytest.raises(InputError, match=r'another recipe.rules.0.scheme \("nf4:g32:dq" there, "int4:g32:fp16" here'):
         _run(source, tmp_path / "q", RECIPES["int4, a range"], config)
+
+
+def test_what_is_packed_is_not_trained(source: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    assert main(["quantize", str(source), "--scheme", "int4:g32", "--out", str(packed)]) == 0
+    with pytest.raises(InputError, match=r"packed: blocks.0.attn.k_proj.weight is packed; training starts from the fl"):
+        _run(packed, tmp_path / "q", RECIPES["nf4"])
+
+
+def test_what_a_run_killed_on_its_last_step_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / DESCRIPTION).touch()
+    state = tmp_path / ".q.unfinished" / "training" / "states" / "4"
+    state.mkdir(parents=True)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        check_out(tmp_path / "q")
+    assert state.exists()  # of a run that has not ended
+    state.rmdir()
+    with pytest.raises(InputError, match="exists and is not empty"):
+        check_out(tmp_path / "q")
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,20 @@ class MetricsLog:
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def write(self, record: StepRecord) -> None:
-        """Adds a line, at once."""
+        """Adds a line, at once. Raises InputError where it cannot be written, as on a full disk."""
         values = record.as_json()
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self._file.write(json.dumps(finite).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name}: cannot be written: {error.strerror or error}; start the same command again to go "
+                "on from the latest state"
+            ) from error
         if self._writer is not None:
             for name, value in values.items():
                 if name != "step":
