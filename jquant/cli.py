@@ -298,9 +298,15 @@ def _export(config: ExportConfig | ConvertConfig) -> None:
     from jquant.io.new_folder import check_new_folder
     from jquant.models.checkpoint import open_checkpoint
     from jquant.models.export import export
+    from jquant.models.gguf_export import export_gguf
 
-    check_new_folder(config.out)
     started = time.perf_counter()
+    if config.format == "gguf":
+        export_gguf(open_checkpoint(config.model), config.out, dtype=config.dtype or "float32")
+        size = config.out.stat().st_size
+        print(f"{config.out}: gguf, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
+        return
+    check_new_folder(config.out)
     checkpoint = open_checkpoint(config.model)
     export(
         checkpoint,

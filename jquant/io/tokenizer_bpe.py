@@ -8,6 +8,7 @@ Reference: llama.cpp's llama-vocab.cpp for what the names mean.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -137,3 +138,37 @@ PRE_TOKENIZERS = {
     "default": PreTokenizer(split=_llama_cpp_default),
 }
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "dbrx"}
+
+
+def pre_tokenizer_name(said: dict[str, Any], source: str) -> str:
+    """What a GGUF calls the cut that a tokenizer.json makes before merging.
+
+    Args:
+        said: the tokenizer.json, parsed.
+        source: its file's name, for errors.
+
+    Raises:
+        InputError: it has no name.
+    """
+    for name, pre in PRE_TOKENIZERS.items():
+        bare = tokenizers.Tokenizer(models.BPE(ignore_merges=pre.ignore_merges))
+        bare.normalizer = pre.normalizer()  # pyright: ignore[reportAttributeAccessIssue]
+        bare.pre_tokenizer = pre.split()  # pyright: ignore[reportAttributeAccessIssue]
+        mine = json.loads(bare.to_str())
+        if _cut(mine) == _cut(said):
+            return name
+    raise InputError(
+        f"{source}: its pre-tokenizer has no name among {', '.join(PRE_TOKENIZERS)}, and a GGUF says it by name alone: "
+        "export another format"
+    )
+
+
+def _cut(said: dict[str, Any]) -> Any:
+    """What decides the pieces; offsets into the text do not."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: plain(value) for name, value in node.items() if name != "trim_offsets"}
+        return [plain(each) for each in node] if isinstance(node, list) else node
+
+    return plain([said.get("pre_tokenizer"), said.get("normalizer"), bool(said["model"].get("ignore_merges"))])

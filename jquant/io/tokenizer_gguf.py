@@ -5,17 +5,19 @@ Of each kind of model the encoding is built in a file of its own; here are BOS a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import processors
 
 from jquant.core.errors import InputError
 from jquant.io.mapped import shown
 from jquant.io.tokenizer import Tokenizer, checked_tokenizer
-from jquant.io.tokenizer_bpe import bpe_backend
-from jquant.io.tokenizer_fields import Fields
+from jquant.io.tokenizer_bpe import bpe_backend, pre_tokenizer_name
+from jquant.io.tokenizer_fields import CONTROL, NORMAL, UNUSED, USER_DEFINED, Fields
 from jquant.io.tokenizer_spm import spm_backend
 
 BACKENDS = {"gpt2": bpe_backend, "llama": spm_backend}  # by tokenizer.ggml.model
@@ -74,3 +76,47 @@ def _add_around(backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int |
             # A template reads ":" and "$" in its own way, so a token that holds them is called by its number.
             special_tokens=[{"id": names[n], "ids": [n], "tokens": [token]} for n, token in tokens.items()],
         )
+
+
+def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The `tokenizer.*` fields of a GGUF; `tokenizer_from_gguf` gives a tokenizer of the same ids from them.
+
+    Args:
+        tokenizer: byte-level BPE, cut by one of the pre-tokenizers that a GGUF can name.
+        rows: of the embedding; those without a token get one that no text contains.
+
+    Raises:
+        InputError: the tokenizer is of another kind.
+    """
+    said = json.loads(tokenizer.backend.to_str())
+    model = said["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or tokenizer.vocab_size > rows:
+        raise InputError(
+            f"{tokenizer.source}: a tokenizer of {tokenizer.vocab_size} tokens, {model['type']}, for {rows} rows: "
+            "GGUFs are written with byte-level BPE; export another format"
+        )
+    tokens = [f"[PAD{index}]" for index in range(rows)]
+    kinds = np.full(rows, UNUSED, np.int32)
+    for token, index in model["vocab"].items():
+        tokens[index], kinds[index] = token, NORMAL
+    for added in said["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre_tokenizer_name(said, tokenizer.source),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
+        "tokenizer.ggml.add_eos_token": tokenizer.add_eos,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    if tokenizer.bos_id is not None:
+        fields["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
+    for name, index in zip(("eos", "eot", "eom"), tokenizer.eos_ids, strict=False):
+        fields[f"tokenizer.ggml.{name}_token_id"] = index
+    if tokenizer.chat_template is not None:
+        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    return fields

@@ -32,6 +32,7 @@ def transposed(array: np.ndarray, config: ModelConfig) -> np.ndarray:
     return array.T
 
 
+_HEADS: dict[Transform, str] = {}  # of `halves`: its argument
 _PARTS: dict[Transform, Transform] = {}  # of `part`: what it does to the whole first
 
 
@@ -62,7 +63,19 @@ def halves(heads: str) -> Transform:
         count = getattr(config, heads)
         return interleaved_to_halves(array, count) if len(array) == count * config.head_dim else array
 
+    _HEADS[back] = heads
     return back
+
+
+def halves_to_interleaved(heads: str) -> Transform:
+    """The inverse of `halves`: rows of a float matrix, or of one of packed blocks."""
+
+    def forth(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+        count = getattr(config, heads)
+        split = array.reshape(count, 2, array.shape[0] // count // 2, *array.shape[1:])
+        return split.swapaxes(1, 2).reshape(array.shape)
+
+    return forth
 
 
 def interleaved_to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -92,13 +105,23 @@ class Placement(NamedTuple):
 
 def hf_placements(architecture: str) -> dict[str, Placement]:
     """By parameter path template, where a Hugging Face checkpoint of this architecture has it."""
+    return _placements(_HF[architecture])
+
+
+def gguf_placements(architecture: str) -> dict[str, Placement]:
+    """By parameter path template, where a GGUF of this architecture, in its own word, has it."""
+    return _placements(_GGUF[architecture])
+
+
+def _placements(table: Table) -> dict[str, Placement]:
     found: dict[str, Placement] = {}
-    for tensor, filled in _HF[architecture].items():
+    for tensor, filled in table.items():
         ours = tuple(path for path, _ in filled)
         if ours[0] in found:
             continue  # the other name of two
         transform = filled[0][1]
-        placement = Placement(tensor, ours, _INVERSES[_PARTS.get(transform, transform)])
+        first = _PARTS.get(transform, transform)
+        placement = Placement(tensor, ours, _INVERSES.get(first) or halves_to_interleaved(_HEADS[first]))
         found |= dict.fromkeys(ours, placement)
     return found
 
