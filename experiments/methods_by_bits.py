@@ -18,8 +18,11 @@ Measured:  SmolLM2-135M-Instruct, text pydoc (Python 3.11), 4 windows of 512 tok
     8      64      14.13 (0.0011)   14.14 (0.0011)   14.13 (0.0011)    not measured     not measured
     4      64      18.74 (0.298)    20.31 (0.324)    20.52 (0.371)    15.60 (0.119)    14.72 (0.065)
     4     128      19.04 (0.359)    19.88 (0.387)    20.80 (0.427)     not measured     not measured
-    3      64      44.40 (1.22)     52.12 (1.27)     50.34 (1.25)     26.70 (0.578)    16.69 (0.228)
+    3      64      44.40 (1.22)     52.12 (1.27)     50.34 (1.25)     26.70 (0.578)    16.69 (0.229)
     2      64     426,704 (10.2)   12,524 (6.56)    19,092 (7.01)     3,750 (5.39)     40.27 (1.10)
+
+           awq+gptq at 3 bits, groups of 64 (--schemes int3:asym:fp16 --groups 64 --methods awq+gptq): 18.33 (0.242),
+           below awq but not below gptq; where awq also clips before gptq (its option clip: all), 20.42 (0.328)
 """
 
 from __future__ import annotations

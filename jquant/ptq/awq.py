@@ -5,7 +5,8 @@
 with x̄ = mean |x| of a channel and w̄ = mean of |w| / max|w of its group| over the rows of all layers that read it. r is
 searched by the error of the output of the module around those layers; where that is the layer itself, the Gram matrix
 H of its input gives the error without data: tr(ΔW · H · ΔWᵀ). Then every group's range is shrunk where that lowers the
-error of its own contribution, Δw · H_gg · Δwᵀ, with the diagonal blocks of H.
+error of its own contribution, Δw · H_gg · Δwᵀ, with the diagonal blocks of H; not where GPTQ follows, which chooses
+ranges itself.
 
 Reference: Lin et al., 2306.00978, 3.2 (AutoAWQ: `_search_best_scale`, `_search_best_clip`), and SPEC 5. Departures:
 scales of 1 are a candidate too, so a place is never made worse; channels that calibration never saw keep scale 1;
@@ -15,10 +16,10 @@ expert has an r of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,9 @@ class AWQConfig:
 
     grid: int = 20  # r = 0, 1/grid, … below 1
     duo_scaling: bool = True  # the weights' own sizes enter the scales
-    clip: bool = True
+    # Layers that are clipped: those whose solver rounds each weight for itself; one that makes up for errors, as gptq,
+    # would take what clipping changed for the weights to come close to.
+    clip: Literal["rounded", "all", "none"] = "rounded"
     clip_grid: int = 20  # ranges 1, 1 − 1/grid, …
     max_shrink: float = 0.5  # … above 1 − max_shrink
     search_tokens: int = 1024  # of the captured inputs, in whole calls
@@ -58,6 +61,8 @@ class AWQConfig:
                 f"AWQ grid {self.grid}, clip_grid {self.clip_grid}, search_tokens {self.search_tokens}: "
                 "all must be at least 1"
             )
+        if self.clip not in ("rounded", "all", "none"):
+            raise InputError(f"AWQ clip {self.clip!r}: it must be rounded, all or none")
         if not 0 < self.max_shrink <= 1:
             raise InputError(f"AWQ max_shrink {self.max_shrink}: it must lie in 0 … 1, as 0.5")
 
@@ -84,16 +89,18 @@ def rewrite(
     schemes: Mapping[Path, Scheme],
     seen: Seen,
     *,
+    rounded: Collection[Path],
     config: AWQConfig | None = None,
 ) -> tuple[list[Rewrite], dict[Path, Gram]]:
-    """Scales a block at every place, then clips every layer but those that meet a softmax.
+    """Scales a block at every place, then clips its layers, but for those that meet a softmax.
 
     Args:
         block: float; changed in place.
         places: whose consumers all have a scheme.
         schemes: of all layers that will be quantized, by path in the block.
         seen: of all these layers.
-        config: by default with clipping.
+        rounded: those whose solver rounds each weight for itself.
+        config: by default these are clipped.
 
     Returns:
         What was found at each place, and the Gram matrices of the layers' inputs as they are now.
@@ -116,10 +123,12 @@ def rewrite(
         folded: Gram = _fold_gram(seen.grams[first], found.scales)
         grams |= dict.fromkeys(place.consumers, folded)
         rewrites.append(found)
-    for path, scheme in schemes.items() if config.clip else ():
+    clipped = {"rounded": rounded, "all": schemes, "none": ()}[config.clip]
+    for path in clipped:
         if not path.endswith(UNCLIPPED):
             layer: Any = module_at(block, path)
-            layer.weight.set_value(clip_search(weight_at(block, path), grams[path], scheme, config=config).weight)
+            better = clip_search(weight_at(block, path), grams[path], schemes[path], config=config)
+            layer.weight.set_value(better.weight)
     return rewrites, grams
 
 

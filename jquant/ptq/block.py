@@ -124,7 +124,8 @@ def _transform(
         assert data is not None
         apply, config = TRANSFORMS[step.name].apply, configured(TRANSFORMS, step.name, step.options)
         schemes = {path: (rules[path].scheme or "", rules[path].activation) for path in wanted}
-        reports += apply(Task(block, fitting, schemes, data, prefix), config)
+        rounded = [path for path in wanted if not SOLVERS[rules[path].method.name].needs_gram]
+        reports += apply(Task(block, fitting, schemes, rounded, data, prefix), config)
     return reports
 
 

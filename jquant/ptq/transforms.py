@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ class Task(NamedTuple):
     block: Any  # float; rewritten in place
     places: Sequence[Equivalence]  # those whose consumers all ask for the transform
     schemes: Mapping[Path, tuple[str, str | None]]  # of weight and input of every layer that asks for it
+    rounded: Collection[Path]  # layers whose solver then rounds each weight for itself
     data: Data
     prefix: str  # of paths in reports
 
@@ -71,9 +72,8 @@ def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[s
 def _awq(task: Task, config: awq.AWQConfig) -> list[TransformReport]:
     seen = _observe(task, config.search_tokens)
     schemes = {path: scheme(weight) for path, (weight, _) in task.schemes.items()}
-    found, _ = awq.rewrite(
-        task.block, task.places, schemes, awq.Seen(seen.absmean, seen.grams, seen.calls), config=config
-    )
+    statistics = awq.Seen(seen.absmean, seen.grams, seen.calls)
+    found, _ = awq.rewrite(task.block, task.places, schemes, statistics, rounded=task.rounded, config=config)
     return [_report("awq", each, task.prefix) for each in found]
 
 

@@ -161,7 +161,9 @@ def _rewrite(
     config = configured(TRANSFORMS, step.name, step.options)
     if step.name == "awq":
         seen = awq.Seen(_each(known, "absmean"), _each(known, "gram"), calls)
-        found, grams = awq.rewrite(block, places, dict.fromkeys(known, point.scheme), seen, config=config)
+        schemes = dict.fromkeys(known, point.scheme)
+        rounded = () if SOLVERS[point.rule.method.name].needs_gram else known
+        found, grams = awq.rewrite(block, places, schemes, seen, rounded=rounded, config=config)
     else:
         pairs = dict.fromkeys(known, smoothquant.Pair(point.scheme, parse_scheme(point.rule.activation or "")))
         found, grams = smoothquant.rewrite(block, places, pairs, _each(known, "absmax"), calls, config=config), {}

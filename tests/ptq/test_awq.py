@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jquant.core.scheme import scheme
 from jquant.models.decoder import Decoder
 from jquant.ptq import awq, trial
 from jquant.ptq.awq import AWQConfig
+from jquant.ptq.fold import weight_at
 from tests.ptq.places import PARENTS, captured, loss_after_folding, model_with_outliers, place_of, quantized, rounded
 
 SCHEME = scheme("int4:g16:asym")
@@ -132,6 +134,28 @@ def test_clipping_tries_every_range_of_every_group(spec: str, group: int) -> Non
     assert least.sum() < 0.95 * tried[0].sum()
 
 
+@pytest.mark.parametrize(
+    ("rounded", "clip", "clipped"),
+    [
+        ((), "rounded", False),
+        (("mlp.down_proj",), "rounded", True),
+        ((), "all", True),
+        (("mlp.down_proj",), "none", False),
+    ],
+)
+def test_only_layers_that_are_then_rounded_are_clipped(
+    model: Decoder, inputs: dict[str, list[Any]], rounded: tuple[str, ...], clip: Any, clipped: bool
+) -> None:
+    path, block = "mlp.down_proj", nnx.clone(model.blocks[0])
+    rows, before = _rows(inputs[path]), weight_at(block, path)
+    seen = awq.Seen({path: jnp.asarray(np.abs(rows).mean(axis=0))}, {path: _gram(rows)}, {})
+    config = dataclasses.replace(CONFIG, clip=clip)
+    (found,), grams = awq.rewrite(block, [place_of(model, path)], {path: SCHEME}, seen, rounded=rounded, config=config)
+    same = np.allclose(weight_at(block, path), before * found.scales, rtol=1e-5)
+    assert same != clipped
+    np.testing.assert_allclose(grams[path].matrix, _gram(rows / np.asarray(found.scales)).matrix, rtol=1e-3, atol=1e-4)
+
+
 def test_clipping_experts_is_clipping_each() -> None:
     stack, other = (
         jnp.asarray(np.stack([W, W[::-1] * 2])),
@@ -168,6 +192,8 @@ def test_what_does_not_fit_is_refused(model: Decoder) -> None:
     block, ones = model.blocks[0], jnp.ones(64)
     with pytest.raises(InputError, match="grid 0"):
         AWQConfig(grid=0)
+    with pytest.raises(InputError, match="clip 'yes'"):
+        AWQConfig(clip="yes")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_shrink 0"):
         AWQConfig(max_shrink=0)
     with pytest.raises(InputError, match="no layer behind attn_norm"):

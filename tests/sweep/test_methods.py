@@ -212,7 +212,7 @@ def test_blocks_are_rewritten_as_the_pipeline_does_it(method: str, spec: str, ac
     )
     places = [place for place in model.equivalences() if set(place.consumers) <= set(inside)]
     config = TRANSFORMS[method].config
-    TRANSFORMS[method].apply(Task(theirs, places, dict.fromkeys(inside, (spec, activation)), data, ""), config)
+    TRANSFORMS[method].apply(Task(theirs, places, dict.fromkeys(inside, (spec, activation)), inside, data, ""), config)
     known = {path: found.inputs[f"blocks.0.{path}"] for path in inside}
     calls = {path.removeprefix("blocks.0."): each for path, each in found.calls.items()}
     (point,) = grid((spec,), methods=(method if activation is None else f"{method}@{activation}",))
