@@ -240,8 +240,9 @@ def gptq_model(arguments: argparse.Namespace) -> Iterator[Row]:
     tokens = np.random.default_rng(0).integers(0, 49_152, (32, 512))
     rows = datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()})
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    # Of the modifier: None among the weights' arguments leaves its own default in force, which is static order.
     modifier = GPTQModifier(
-        ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights | {"actorder": None}}}
+        ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, actorder=None
     )
     # It looks for a tokenizer beside the model's config, which a GGUF has not.
     beside = tempfile.mkdtemp()
