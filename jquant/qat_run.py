@@ -100,7 +100,7 @@ def train_checkpoint(
     check_out(out)
     unfinished = _unfinished(out)
     result = None
-    with _removed_if_empty(unfinished), locked_folder(unfinished):
+    with locked_folder(unfinished), _removed_if_empty(unfinished):
         if not is_native(unfinished / _FINISHED):
             result = _train(
                 checkpoint,
