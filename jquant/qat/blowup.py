@@ -55,5 +55,5 @@ def culprit(
 def _growth(name: Path, start: float, now: float) -> float:
     """By what factor: a trained scale is kept as its logarithm; what begins at 0 is measured against 1."""
     if name.rpartition(".")[2] == "log_scale":
-        return 2.0 ** min(now - start, 1000.0)
-    return now / (start or 1.0)
+        return 2.0 ** min(float(now) - float(start), 1000.0)
+    return float(now) / (float(start) or 1.0)
