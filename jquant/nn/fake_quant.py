@@ -6,6 +6,7 @@ Jain et al., 1903.08066, 3.2). The gradient of s is LSQ's (core/learned_scale.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -28,6 +29,7 @@ WeightGradient = Literal["clipped_ste", "ste", "lsq"]
 InputGradient = Literal["clipped_ste", "ste", "lsq", "pact"]
 Start = Literal["range", "mse", "lsq"]
 Rounding = Literal["nearest", "stochastic"]
+_LARGEST_LOG = 120.0  # of a scale; beyond it products with codes leave float32's range
 _STRAIGHT = {"clipped_ste": clipped_ste, "ste": ste}
 
 
@@ -239,6 +241,7 @@ class InputQuantizer(FakeQuantModule):
             )
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _start(matrix: Array, scheme: Scheme, start: Start) -> tuple[Array, Array | None]:
     if start == "lsq":
         return lsq_initial_scale(matrix, scheme), None
@@ -259,7 +262,8 @@ def _tile(parameter: Array | None) -> Array | None:
 
 
 def _exp2(parameter: FakeQuantParam) -> Array:
-    return jnp.exp2(parameter.get_value().astype(jnp.float32))
+    """2^θ, for any θ a normal positive number."""
+    return jnp.exp2(jnp.clip(parameter.get_value().astype(jnp.float32), -_LARGEST_LOG, _LARGEST_LOG))
 
 
 def _reach(scheme: Scheme) -> float:

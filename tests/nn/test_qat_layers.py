@@ -354,6 +354,16 @@ def test_gradual_bits_keep_the_range() -> None:
     np.testing.assert_allclose(3 / 2 * quantizer.parameters()[0], reach, rtol=1e-6)
 
 
+@pytest.mark.parametrize("log_scale", [-1e4, -126.0, 126.0, 1e4])
+def test_scales_are_positive_whatever_the_optimizer_does(log_scale: float) -> None:
+    quantizer = WeightQuantizer(_x(16, 64), scheme("int4:g32"), gradient="lsq")
+    assert quantizer.log_scale is not None
+    quantizer.log_scale.set_value(jnp.full_like(quantizer.log_scale.get_value(), log_scale))
+    scale = np.asarray(quantizer.parameters()[0])
+    assert np.all(scale >= np.finfo(np.float32).smallest_normal)
+    assert np.all(np.isfinite(7 * scale))
+
+
 def test_a_static_range_is_a_running_mean_without_the_bias_of_its_start() -> None:
     quantizer = InputQuantizer(scheme("int8:tensor"), momentum=0.5)
     for factor in (1.0, 3.0):
