@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jquant.models.checkpoint import load_model as load_model
     from jquant.models.checkpoint import load_tokenizer as load_tokenizer
     from jquant.models.checkpoint import open_checkpoint as open_checkpoint
+    from jquant.models.export import export as export
     from jquant.models.generate import Sampling as Sampling
     from jquant.models.generate import generate as generate
     from jquant.models.save import save as save
@@ -73,6 +74,7 @@ _HOME = {
     "load_model": "models.checkpoint",
     "load_tokenizer": "models.checkpoint",
     "open_checkpoint": "models.checkpoint",
+    "export": "models.export",
     "Sampling": "models.generate",
     "generate": "models.generate",
     "save": "models.save",

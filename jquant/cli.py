@@ -295,27 +295,13 @@ def _qat(config: QATCommand) -> None:
 
 
 def _export(config: ExportConfig | ConvertConfig) -> None:
-    from jquant.io.new_folder import check_new_folder
-    from jquant.models.checkpoint import open_checkpoint
     from jquant.models.export import export
-    from jquant.models.gguf_export import export_gguf
 
     started = time.perf_counter()
-    if config.format == "gguf":
-        export_gguf(open_checkpoint(config.model), config.out, dtype=config.dtype or "float32")
-        size = config.out.stat().st_size
-        print(f"{config.out}: gguf, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
-        return
-    check_new_folder(config.out)
-    checkpoint = open_checkpoint(config.model)
-    export(
-        checkpoint,
-        config.out,
-        format=config.format,
-        dtype=config.dtype,
-        max_shard_bytes=int(config.max_shard_gb * 1e9),
-    )
-    size = sum(file.stat().st_size for file in config.out.iterdir())
+    limit = int(config.max_shard_gb * 1e9)
+    export(config.model, config.out, format=config.format, dtype=config.dtype, max_shard_bytes=limit)
+    files = list(config.out.iterdir()) if config.out.is_dir() else [config.out]
+    size = sum(file.stat().st_size for file in files)
     print(f"{config.out}: {config.format}, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
 
 

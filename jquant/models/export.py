@@ -5,6 +5,7 @@
     gptq, gptq_v2        GPTQModel's
     awq                  AutoAWQ's, in the GEMM layout
     bitsandbytes         NF4, with float32 scales or nested ones
+    gguf                 llama.cpp's, one file (gguf_export.py)
 
 A part of the model is written at a time. The folder also gets config.json, tokenizer, generation config, chat template,
 a model card, and `jquant_export.json`, which says of every packed tensor what its scheme was.
@@ -33,8 +34,9 @@ from jquant.io.new_folder import appearing_folder, check_new_folder
 from jquant.io.packed_layer import PackedLayer
 from jquant.io.safetensors_shards import ShardWriter
 from jquant.io.tokenizer import Tokenizer
-from jquant.models.checkpoint import EXPORT_RECORD, Checkpoint
+from jquant.models.checkpoint import EXPORT_RECORD, Checkpoint, open_checkpoint
 from jquant.models.config import ModelConfig
+from jquant.models.gguf_export import export_gguf
 from jquant.models.hf_config import config_to_hf
 from jquant.models.model_card import model_card
 from jquant.models.save import tokenizer_files
@@ -42,7 +44,7 @@ from jquant.models.stream import StreamedModel
 from jquant.models.tensor_names import Placement, as_stored, hf_placements
 from jquant.nn.install import STATIC, activations_of, tensors_of
 
-FORMATS = ("hf", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes")
+FORMATS = ("hf", "compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "gguf")
 MAX_SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them
 
 Value = jax.Array | np.ndarray | QTensor
@@ -58,7 +60,7 @@ class _Written:
 
 
 def export(
-    checkpoint: Checkpoint,
+    model: str | Path | Checkpoint,
     path: str | Path,
     *,
     format: str,
@@ -68,8 +70,8 @@ def export(
     """Writes a checkpoint, packed or float, in a format of other tools; the folder appears whole or not at all.
 
     Args:
-        checkpoint: opened; its weights are read and written a part at a time.
-        path: a folder that does not exist yet, or is empty.
+        model: a checkpoint, opened or named as `open_checkpoint` takes it; it is read and written a part at a time.
+        path: a folder that does not exist yet, or is empty; of a `gguf`, a file that does not exist.
         format: one of `FORMATS`.
         dtype: of the float weights; by default as they are held.
         max_shard_bytes: of a weight file; more take an index.
@@ -80,6 +82,10 @@ def export(
     """
     if format not in FORMATS:
         raise InputError(f"format {format!r}: there are {', '.join(FORMATS)}")
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if format == "gguf":
+        export_gguf(checkpoint, path, dtype="float32" if dtype is None else str(np.dtype(dtype)))
+        return
     path, config = Path(path), checkpoint.config
     check_new_folder(path)
     kind = "float32" if dtype is None else str(np.dtype(dtype))
