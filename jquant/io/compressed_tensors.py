@@ -167,8 +167,7 @@ def _read_packed(arrays: Arrays, weights: Mapping[str, Any], dtype: np.dtype, wh
     rows, columns = map(int, shape)
     check_shape(words, (rows, word_count(columns, bits)), "weight_packed", what)
     where, scale = _granularity(weights, what), _scale(arrays, what)
-    tile = where.tile(rows, columns)
-    tiles = (-(-rows // tile[0]), -(-columns // tile[1]))
+    tiles = _tiles(where, rows, columns, what)
     scale = _as_tiles(scale, tiles, what)
     symmetric = weights.get("symmetric", True)
     zeros = None
@@ -187,11 +186,10 @@ def _read_packed(arrays: Arrays, weights: Mapping[str, Any], dtype: np.dtype, wh
 
 def _read_whole(arrays: Arrays, weights: Mapping[str, Any], kind: str, dtype: np.dtype, what: str) -> QTensor:
     """int8 or fp8."""
-    is_float = weights["type"] == "float"
+    is_float = weights.get("type", "int") == "float"
     weight = required(arrays, "weight", (_FP8 if is_float else np.int8,), 2, what)
     where = _granularity(weights, what)
-    tile = where.tile(*weight.shape)
-    tiles = (-(-weight.shape[0] // tile[0]), -(-weight.shape[1] // tile[1]))
+    tiles = _tiles(where, *weight.shape, what)
     if not weights.get("symmetric", True):
         raise InputError(f"{what}: asymmetric weights that are not packed are not read")
     if kind == MXFP8:
@@ -229,6 +227,14 @@ def _read_nibbles(arrays: Arrays, kind: str, dtype: np.dtype, what: str) -> QTen
             raise InputError(f"{what}: tensor weight_global_scale is missing")
         scale2 = outer.astype(np.float32).reshape(1, 1)
     return built(codes, scheme, scale.view(np.uint8), scale2=scale2, dtype=dtype)
+
+
+def _tiles(where: Granularity, rows: int, columns: int, what: str) -> tuple[int, int]:
+    try:
+        tile_rows, tile_columns = where.tile(rows, columns)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    return -(-rows // tile_rows), -(-columns // tile_columns)
 
 
 def _scale(arrays: Arrays, what: str) -> np.ndarray:
@@ -355,7 +361,12 @@ def _granularity(weights: Mapping[str, Any], what: str) -> Granularity:
         return Channel()
     if strategy in ("group", "tensor_group") and type(size) is int and size > 0:
         return Group(size)
-    if strategy == "block" and isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block):
+    if (
+        strategy == "block"
+        and isinstance(block, list)
+        and len(block) == 2
+        and all(type(n) is int and n > 0 for n in block)
+    ):
         return Block(*block)
     raise InputError(f"{what}: scales of strategy {strategy!r} and group_size {size!r} are not read")
 
@@ -368,6 +379,8 @@ def activation_of(group: Mapping[str, Any], what: str) -> Scheme | None:
 def _activation(arguments: Any, what: str) -> Scheme | None:
     if arguments is None:
         return None
+    if not isinstance(arguments, Mapping):
+        raise InputError(f"{what}: input_activations is {arguments!r}; it must be an object")
     bits, kind, strategy = (arguments.get(name) for name in ("num_bits", "type", "strategy"))
     dynamic, size = arguments.get("dynamic", False), arguments.get("group_size")
     head = f"int{bits}" if kind == "int" else {8: "fp8_e4m3", 4: "fp4_e2m1"}.get(bits, "?")
