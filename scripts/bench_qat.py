@@ -68,7 +68,7 @@ class Stack(nnx.Module):
     """Blocks in a row."""
 
     def __init__(self, blocks: int, *sizes: Any, rngs: nnx.Rngs) -> None:
-        self.blocks = nnx.List([Block(*sizes, rngs) for _ in range(blocks)])
+        self.blocks = nnx.List([Block(*sizes, rngs=rngs) for _ in range(blocks)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for block in self.blocks:
@@ -159,7 +159,7 @@ def with_jquant(model: Stack, name: str, x: jax.Array) -> Stack:
 
 
 def with_qwix(model: Stack, name: str, x: jax.Array) -> Any:
-    import qwix
+    import qwix  # pyright: ignore[reportMissingImports]
 
     rules = {
         "int4:g128": {"weight_qtype": jnp.int4, "tile_size": 128},

@@ -189,7 +189,7 @@ def _read_whole(arrays: Arrays, weights: Mapping[str, Any], kind: str, dtype: np
     is_float = weights.get("type", "int") == "float"
     weight = required(arrays, "weight", (_FP8 if is_float else np.int8,), 2, what)
     where = _granularity(weights, what)
-    tiles = _tiles(where, *weight.shape, what)
+    tiles = _tiles(where, weight.shape[0], weight.shape[1], what)
     if not weights.get("symmetric", True):
         raise InputError(f"{what}: asymmetric weights that are not packed are not read")
     if kind == MXFP8:
@@ -381,7 +381,9 @@ def _activation(arguments: Any, what: str) -> Scheme | None:
         return None
     if not isinstance(arguments, Mapping):
         raise InputError(f"{what}: input_activations is {arguments!r}; it must be an object")
-    bits, kind, strategy = (arguments.get(name) for name in ("num_bits", "type", "strategy"))
+    bits, kind, strategy = arguments.get("num_bits", 0), arguments.get("type"), arguments.get("strategy")
+    if type(bits) is not int:
+        raise InputError(f"{what}: inputs of {bits!r} bits; it must be a whole number")
     dynamic, size = arguments.get("dynamic", False), arguments.get("group_size")
     head = f"int{bits}" if kind == "int" else {8: "fp8_e4m3", 4: "fp4_e2m1"}.get(bits, "?")
     zero = "" if arguments.get("symmetric", True) else ":asym"
