@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -114,6 +115,9 @@ def _overview() -> str:
 
 
 def _eval(config: EvalConfig) -> None:
+    if config.tasks:
+        _eval_tasks(config)
+        return
     started = time.perf_counter()
     schemes = _parsed_scheme(config.scheme)
 
@@ -125,6 +129,8 @@ def _eval(config: EvalConfig) -> None:
 
     text = load_text(config.text)
     checkpoint = open_checkpoint(config.model)
+    if schemes is None:
+        checkpoint = checkpoint.packed()
     if checkpoint.calibration_sha256 == text.sha256:
         raise InputError(
             f"{config.model} was calibrated on the text {text.name}: its perplexity there says nothing; give another"
@@ -165,10 +171,57 @@ def _eval(config: EvalConfig) -> None:
     record["seconds"] = time.perf_counter() - started
     _print_evaluation(record)
     if config.json is not None:
-        from jquant.io.atomic import replacing
+        _write_json(config.json, record)
 
-        with replacing(config.json) as file:
-            file.write(_json(record).encode())
+
+def _eval_tasks(config: EvalConfig) -> None:
+    started = time.perf_counter()
+    schemes = _parsed_scheme(config.scheme)
+
+    from jquant.benchmark_run import benchmark, tasks_record
+    from jquant.models.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(config.model)
+    model = checkpoint.model(dtype=config.dtype)
+    _round(model, schemes)
+    with _stages() as listen:
+        results = benchmark(
+            model,
+            checkpoint.tokenizer(),
+            config.tasks,
+            max_length=config.max_length,
+            progress=listen,
+            limit=config.limit,
+            task_path=config.task_path,
+            few_shot=config.few_shot,
+            chat=config.chat,
+            allow_code=config.allow_code,
+        )
+    _print_tasks(results)
+    if config.json is not None:
+        record = {
+            "model": config.model,
+            "model_sha256": checkpoint.sha256(),
+            "scheme": config.scheme if schemes is None else str(schemes),
+            "note": checkpoint.note,
+            "tasks": tasks_record(results),
+            "seconds": time.perf_counter() - started,
+        }
+        _write_json(config.json, record)
+
+
+def _print_tasks(results: Any) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("task", "items", "few-shot", "metric", "score", "stderr"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for result in results:
+        for index, (metric, score) in enumerate(result.scores.items()):
+            start = (result.task, str(result.count), str(result.few_shot)) if index == 0 else ("", "", "")
+            stderr = result.stderr.get(metric, math.nan)
+            table.add_row(*start, metric, f"{score:.4f}", "" if math.isnan(stderr) else f"{stderr:.4f}")
+    _console().print(table)
 
 
 def _sweep(config: SweepConfig) -> None:
@@ -313,6 +366,8 @@ def _generate(config: GenerateConfig) -> None:
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     checkpoint = open_checkpoint(config.model)
+    if schemes is None:
+        checkpoint = checkpoint.packed()
     tokenizer = checkpoint.tokenizer()
     model = checkpoint.model(dtype=config.dtype)
     _round(model, schemes)
@@ -439,10 +494,33 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
+@contextlib.contextmanager
+def _stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each of several stages that tell their name, how much is done, and of how much."""
+    from rich.progress import Progress
+
+    with Progress(console=_console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def listen(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield listen
+
+
 def _console(*, stderr: bool = False) -> Any:
     from rich.console import Console
 
     return Console(stderr=stderr)
+
+
+def _write_json(path: Path, record: Any) -> None:
+    from jquant.io.atomic import replacing
+
+    with replacing(path) as file:
+        file.write(_json(record).encode())
 
 
 def _json(record: Any) -> str:

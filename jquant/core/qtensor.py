@@ -20,7 +20,7 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Element, GGMLBlock, Int
 from jquant.core.ggml_rows import block_scales, decode_rows, encode_rows
 from jquant.core.scales import IN_BLOCKS, NestedScale, StoredScale, encoding_scale
-from jquant.core.scheme import Scheme
+from jquant.core.scheme import Group, Scheme
 
 
 @partial(
@@ -194,6 +194,29 @@ def from_codes(
     )
 
 
+def in_blocks(
+    blocks: UInt8[Array, "*batch out bytes"], block: GGMLBlock, *, columns: int, dtype: DTypeLike = jnp.float32
+) -> QTensor:
+    """The tensor of rows of blocks of ggml, the last perhaps padded.
+
+    Raises:
+        InputError: a row's bytes are not those of `columns` weights.
+    """
+    if blocks.shape[-1] != -(-columns // block.elements) * block.nbytes:
+        raise InputError(
+            f"rows of {blocks.shape[-1]} bytes for {columns} weights in {block.name}: {block.nbytes} bytes hold "
+            f"{block.elements}"
+        )
+    return QTensor(
+        planes=(blocks,),
+        stored=IN_BLOCKS,
+        zero_planes=None,
+        scheme=Scheme(element=block, granularity=Group(block.elements)),
+        matrix_shape=(blocks.shape[-2], columns),
+        dtype=np.dtype(dtype),
+    )
+
+
 def _encode(
     x: Array, tiles: Array, scheme: Scheme, parameters: Parameters, groups: Array | None, order: Array | None
 ) -> QTensor:
@@ -359,14 +382,7 @@ def _quantize_rows(
 ) -> QTensor:
     if scale is not None or zero_point is not None:
         raise InputError(f"{scheme} finds the scales inside its blocks itself: give neither scale nor zero point")
-    return QTensor(
-        planes=(encode_rows(x.astype(jnp.float32), block, importance),),
-        stored=IN_BLOCKS,
-        zero_planes=None,
-        scheme=scheme,
-        matrix_shape=(x.shape[-2], x.shape[-1]),
-        dtype=np.dtype(x.dtype),
-    )
+    return in_blocks(encode_rows(x.astype(jnp.float32), block, importance), block, columns=x.shape[-1], dtype=x.dtype)
 
 
 def given_parameters(x: Array, scheme: Scheme, scale: Array, zero_point: Array | None) -> Parameters:

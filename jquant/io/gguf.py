@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jquant.core.errors import InputError
+from jquant.core.formats import GGML_BLOCKS
+from jquant.core.qtensor import QTensor, in_blocks
 from jquant.io.ggml_blocks import BY_ID, BY_NAME, DECODABLE, decode
 from jquant.io.mapped import TensorInfo, aligned_empty, check_disjoint, check_memory, map_file, shown
 
@@ -40,6 +43,7 @@ NUMBERS = {  # enum gguf_type
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
+_BLOCKS = {block.name.removeprefix("ggml_").upper(): block for block in GGML_BLOCKS.values()}  # by ggml's name
 _U64 = struct.Struct("<Q")
 ENTRY_MEMORY, STRING_MEMORY = 1024, 64  # bytes in memory, at most: of a field or tensor, of a string in an array
 
@@ -78,6 +82,21 @@ class GGUFFile:
         if out is None:
             out = aligned_empty(info.shape, np.dtype(np.float32))
         return decode(block_type, self.raw(name), out=out)
+
+    def read_packed(self, name: str) -> np.ndarray | QTensor:
+        """The tensor with its blocks as they are stored, copied out of the file; floats decoded, as `read` does.
+
+        Raises:
+            InputError: no such tensor, or its type has no decoder here.
+        """
+        info = self._info(name)
+        block = _BLOCKS.get(info.type)
+        if block is None or len(info.shape) < 2:
+            return self.read(name)
+        rows = info.shape[-1] // block.elements * block.nbytes
+        blocks = aligned_empty((*info.shape[:-1], rows), np.dtype(np.uint8))
+        np.copyto(blocks, self.raw(name).reshape(blocks.shape))
+        return in_blocks(jnp.asarray(blocks), block, columns=info.shape[-1])
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
+from jquant.core.qtensor_rows import take_rows
 from jquant.core.scheme import Tensor
 from jquant.io import native
 from jquant.io.gguf import GGUFFile, open_gguf
@@ -35,11 +36,14 @@ from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
 from jquant.models.families import config_from_gguf, config_from_hf
 from jquant.models.packed_hf import PackedLayers, packed_layers
-from jquant.models.tensor_names import Table, Transform, as_stored, gguf_tensors, hf_tensors
+from jquant.models.tensor_names import Table, Transform, gguf_tensors, hf_tensors, row_order
 from jquant.nn.install import STATIC, install, tensors_of
 
 Reader = Callable[[], "np.ndarray | QTensor"]
 EXPORT_RECORD = "jquant_export.json"  # in a folder that `export` wrote: what it was made from
+
+# What can stay packed; a file may have other tensors in blocks too, as a table of positions.
+_PACKABLE = re.compile(r"(_proj|^embed|lm_head)\.weight$")
 
 # Buffers that old exporters saved beside the weights; the decoder computes them.
 _DERIVED = re.compile(
@@ -65,6 +69,15 @@ class Checkpoint:
     activations: Mapping[str, str] = field(default_factory=dict, repr=False)  # schemes of layers' inputs, by path
     calibration_sha256: str | None = None  # of the text that a quantized model learned from
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)  # how a quantized model was made
+    packed_form: Checkpoint | None = field(default=None, repr=False)  # of a GGUF: its blocks as they are
+
+    def packed(self) -> Checkpoint:
+        """The checkpoint with what its file packs left packed: to run it, or to write it in another format.
+
+        A GGUF is opened as floats, to be quantized, because for many models there is no other source of weights; other
+        checkpoints are opened packed.
+        """
+        return self if self.packed_form is None else self.packed_form
 
     def model(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
         """The decoder with the weights of this checkpoint, cast to `dtype`; packed ones stay packed.
@@ -226,16 +239,20 @@ def _open_gguf(name: str, path: Path) -> Checkpoint:
     config = _with_rope_divisors(config, file)
     names = [tensor for tensor in file.tensors if not _DERIVED.fullmatch(tensor)]
     table = gguf_tensors(file.metadata["general.architecture"])
-    readers = _readers(names, table, file.read, config, path)
-    return Checkpoint(
+    decoded = Checkpoint(
         name=name,
         path=path,
         config=config,
-        note=_gguf_note(file),
-        readers=readers,
+        note=_gguf_note(file, "decoded to floats: all losses here are measured against these decoded weights, not"),
+        readers=_readers(names, table, file.read, config, path),
         weights_sha256=partial(_sha256, (path,)),
         tokenizer_reader=lambda: tokenizer_from_gguf(file.metadata, source=str(path)),
     )
+    packed = _readers(names, table, file.read_packed, config, path)
+    kept = {ours: reader for ours, reader in packed.items() if _PACKABLE.search(ours)}
+    note = _gguf_note(file, "read as they are: losses here are theirs, with no comparison")
+    form = dataclasses.replace(decoded, note=note, readers=decoded.readers | kept)
+    return dataclasses.replace(decoded, packed_form=form)
 
 
 def _open_hf(name: str, path: Path) -> Checkpoint:
@@ -281,16 +298,17 @@ def _inputs(packed: PackedLayers, table: Table, path: Path) -> tuple[dict[str, R
     activations: dict[str, str] = {}
     for layer, activation in packed.activations.items():
         numbers = _NUMBER.findall(f"{layer}.")
-        owner = table[_NUMBER.sub("{}", f"{layer}.weight")][0][0].format(*numbers[:1]).removesuffix(".weight")
-        if activations.setdefault(owner, str(activation)) != str(activation):
-            raise InputError(f"{path}: inputs of {owner}'s experts are quantized in different ways")
-        if not isinstance(activation.granularity, Tensor):
-            continue
-        if len(numbers) == 2:
-            raise InputError(f"{path}: static scales for the inputs of single experts are not supported")
-        readers[f"{owner}.input_scale"] = partial(_static, packed, layer, "input_scale")
-        if activation.zero_point == "integer":
-            readers[f"{owner}.input_zero_point"] = partial(_static, packed, layer, "input_zero_point")
+        for template, _ in table[_NUMBER.sub("{}", f"{layer}.weight")]:
+            owner = template.format(*numbers[:1]).removesuffix(".weight")
+            if activations.setdefault(owner, str(activation)) != str(activation):
+                raise InputError(f"{path}: inputs of {owner}'s experts are quantized in different ways")
+            if not isinstance(activation.granularity, Tensor):
+                continue
+            if len(numbers) == 2:
+                raise InputError(f"{path}: static scales for the inputs of single experts are not supported")
+            readers[f"{owner}.input_scale"] = partial(_static, packed, layer, "input_scale")
+            if activation.zero_point == "integer":
+                readers[f"{owner}.input_zero_point"] = partial(_static, packed, layer, "input_zero_point")
     return readers, activations
 
 
@@ -425,9 +443,10 @@ def _transformed(
 ) -> np.ndarray | QTensor:
     array = read(tensor)
     if isinstance(array, QTensor):
-        if transform is not as_stored:
-            raise InputError(f"{what} is packed, and a part of {shown(tensor)} or turned: that is not supported")
-        return array
+        order = row_order(transform, config, array.shape[-2])
+        if order is None:
+            raise InputError(f"{what} is packed, and {shown(tensor)} has inputs where outputs belong: convert it again")
+        return take_rows(array, order, what)
     if not jnp.issubdtype(array.dtype, jnp.floating):  # a transform may make floats of it
         raise InputError(f"{what} has dtype {array.dtype}, weights must be floats")
     if not array.ndim:
@@ -451,8 +470,8 @@ def _stacked(readers: list[Reader], ours: str, path: Path) -> np.ndarray | QTens
     return np.stack(matrices)
 
 
-def _gguf_note(file: GGUFFile) -> str:
-    """Says so where the weights were quantized before they came here: their errors are then measured against that."""
+def _gguf_note(file: GGUFFile, use: str) -> str:
+    """Says so where the weights were quantized before they came here, and what that means in their `use`."""
     sizes = Counter[str]()
     for info in file.tensors.values():
         sizes[info.type] += info.size
@@ -461,8 +480,8 @@ def _gguf_note(file: GGUFFile) -> str:
         return f"weights stored as {largest}"
     bits = 8 * sum(info.nbytes for info in file.tensors.values()) / max(sum(sizes.values()), 1)
     return (
-        f"the weights come from a GGUF already quantized to {largest} ({bits:.2f} bits a weight overall) and decoded "
-        "to floats: all losses here are measured against these decoded weights, not against the original model"
+        f"the weights come from a GGUF already quantized to {largest} ({bits:.2f} bits a weight overall) and {use} "
+        "against the original model"
     )
 
 

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from jquant import __version__
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize
+from jquant.core.qtensor_rows import join_rows
 from jquant.core.scheme import Scheme
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.io import awq, bitsandbytes, compressed_tensors, gptq
@@ -82,7 +83,7 @@ def export(
     """
     if format not in FORMATS:
         raise InputError(f"format {format!r}: there are {', '.join(FORMATS)}")
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    checkpoint = (model if isinstance(model, Checkpoint) else open_checkpoint(model)).packed()
     if format == "gguf":
         export_gguf(checkpoint, path, dtype="float32" if dtype is None else str(np.dtype(dtype)))
         return
@@ -146,8 +147,7 @@ def _named(
     number = prefix.split(".")[1] if prefix else ""
     done: set[str] = set()
     for name in tensors:
-        owner, _, leaf = name.rpartition(".")
-        if name in done or leaf in STATIC:
+        if name in done or name.rpartition(".")[2] in STATIC:
             continue
         template = f"blocks.{{}}.{name}" if number else name
         placement = placements.get(template)
@@ -159,7 +159,8 @@ def _named(
         path = placement.tensor
         for index, expert in _experts(values, path):
             theirs = path.format(*([number] if number else []), *([] if index is None else [index]))
-            layer = _layer(owner, expert, activations, tensors)
+            owners = [each.rpartition(".")[0] for each in names]
+            layer = _layer(owners, expert, activations, tensors, f"{prefix}{name}")
             found |= _tensors(theirs, layer, expert, placement, config, format, dtype, written, f"{prefix}{name}")
     return found
 
@@ -174,18 +175,38 @@ def _experts(values: list[Value], template: str) -> Iterator[tuple[int | None, l
 
 
 def _layer(
-    owner: str, values: list[Value], activations: Mapping[str, str], tensors: Mapping[str, Value]
+    owners: list[str],
+    values: list[Value],
+    activations: Mapping[str, str],
+    tensors: Mapping[str, Value],
+    what: str,
 ) -> PackedLayer | None:
-    if not isinstance(values[0], QTensor):
+    """The layer that the values make, joined where they are several; None where they are floats."""
+    packed = [value for value in values if isinstance(value, QTensor)]
+    if not packed:
         return None
-    static = {key: tensors.get(f"{owner}.{key}", tensors.get(f"{owner}.inputs.{key}")) for key in STATIC}
-    spec = activations.get(owner)
+    inputs = [_inputs_of(owner, activations, tensors) for owner in owners]
+    if len(packed) < len(values) or any(other != inputs[0] for other in inputs[1:]):
+        raise InputError(
+            f"{what}: the checkpoint keeps {', '.join(owners)} joined in one layer, and they, or their inputs, are "
+            "quantized in different ways: let one rule match them all"
+        )
+    spec, scale, zero_point = inputs[0]
     return PackedLayer(
-        weight=values[0],
+        weight=join_rows(packed, what),
         activation=None if spec is None else parse_scheme(spec),
-        input_scale=static["input_scale"],  # type: ignore[arg-type]
-        input_zero_point=static["input_zero_point"],  # type: ignore[arg-type]
+        input_scale=scale,
+        input_zero_point=zero_point,
     )
+
+
+def _inputs_of(
+    owner: str, activations: Mapping[str, str], tensors: Mapping[str, Value]
+) -> tuple[str | None, float | None, float | None]:
+    """The scheme of a layer's inputs, and the scale and zero point where they are fixed."""
+    static = [tensors.get(f"{owner}.{key}", tensors.get(f"{owner}.inputs.{key}")) for key in STATIC]
+    scale, zero_point = (None if each is None else float(np.asarray(each).reshape(())) for each in static)
+    return activations.get(owner), scale, zero_point
 
 
 def _tensors(
@@ -210,10 +231,10 @@ def _tensors(
         return {theirs: array if dtype is None else array.astype(np.dtype(dtype))}
     if not is_layer:
         raise InputError(f"{what} is packed, and {format} packs linear layers only: leave it in floats, or export gguf")
-    if len(values) > 1 or placement.inverse is not as_stored:
+    if placement.inverse is not as_stored:
         raise InputError(
-            f"{what}: a {config.architecture} checkpoint keeps it joined or turned, in {theirs}, and no {format} layer "
-            "is made of that: export hf"
+            f"{what}: a {config.architecture} checkpoint keeps it turned, in {theirs}, and no {format} layer is made "
+            "of that: export hf"
         )
     written.layers[module] = (layer.weight.scheme, layer.activation)
     written.act_order |= layer.weight.groups is not None

@@ -92,6 +92,13 @@ def minus_one(array: np.ndarray, config: ModelConfig) -> np.ndarray:
     return np.asarray(array, np.float32) - 1
 
 
+def row_order(transform: Transform, config: ModelConfig, rows: int) -> np.ndarray | None:
+    """Which of `rows` rows a transform takes, and in which order; None where it does more than that."""
+    if transform in (plus_one, transposed) or _PARTS.get(transform) in (plus_one, transposed):
+        return None
+    return transform(np.arange(rows), config)
+
+
 _INVERSES: dict[Transform, Transform] = {as_stored: as_stored, plus_one: minus_one, transposed: transposed}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from jquant.nn.install import tensors_of
 from jquant.ptq.rtn import quantize_layers
 from tests.tiny_checkpoint import byte_tokenizer, tiny_model
 
+GOLDENS = Path(__file__).parents[1] / "goldens"
 TOKENS = jnp.arange(24).reshape(2, 12)
 HELD = {
     "compressed-tensors": (
@@ -88,6 +90,36 @@ def test_there_and_back(format: str, spec: str, tmp_path: Path) -> None:
         else:
             assert np.array_equal(tensor, other[name]), name
     assert packed == 14
+
+
+@pytest.mark.parametrize(
+    ("format", "spec"),
+    [
+        ("compressed-tensors", "int3:g16:asym:bf16"),
+        ("compressed-tensors", "int8:channel"),
+        ("gptq_v2", "int4:g16:asym:fp16"),
+        ("awq", "int4:g16:asym:fp16"),
+    ],
+)
+def test_joined_projections(format: str, spec: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(open_checkpoint(GOLDENS / "family_phi3").config, vocab_size=257)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    quantize_layers(model, scheme(spec))
+    export(open_checkpoint(_saved(model, tmp_path / "native")), tmp_path / "out", format=format)
+    mine, other = tensors_of(model), tensors_of(open_checkpoint(tmp_path / "out").model())
+    packed = [name for name, tensor in mine.items() if isinstance(tensor, QTensor)]
+    assert any("k_proj" in name for name in packed)
+    for name in packed:
+        _assert_same(mine[name], other[name])
+
+
+def test_parts_of_a_joined_projection_must_be_alike(tmp_path: Path) -> None:
+    config = dataclasses.replace(open_checkpoint(GOLDENS / "family_phi3").config, vocab_size=257)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    quantize_layers(model, scheme("int4:g16"), layers=("q_proj",))
+    native = open_checkpoint(_saved(model, tmp_path / "native"))
+    with pytest.raises(InputError, match=r"k_proj, .*joined in one layer.*let one rule match them all"):
+        export(native, tmp_path / "out", format="compressed-tensors")
 
 
 @pytest.mark.parametrize(

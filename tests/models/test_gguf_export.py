@@ -17,6 +17,7 @@ from jquant.io.gguf import open_gguf
 from jquant.models.checkpoint import open_checkpoint
 from jquant.models.config import ModelConfig, RopeScaling
 from jquant.models.decoder import Decoder
+from jquant.models.export import export
 from jquant.models.gguf_export import export_gguf
 from jquant.models.save import save
 from jquant.nn.install import tensors_of
@@ -78,6 +79,37 @@ def test_packed_blocks_go_along_byte_by_byte(spec: str, tmp_path: Path) -> None:
     raw = np.asarray(packed["blocks.1.mlp.down_proj.weight"].planes[0])
     assert np.array_equal(file.raw("blk.1.ffn_down.weight"), raw.reshape(-1))
     np.testing.assert_array_equal(open_checkpoint(path).model()(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_read_back_as_they_were(family: str, tmp_path: Path) -> None:
+    config = _sayable(open_checkpoint(GOLDENS / f"family_{family}").config)
+    config = dataclasses.replace(config, hidden_size=32, intermediate_size=64)  # whole blocks
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    quantize_layers(model, scheme("q4_0"), layers=(r"(q|k|v|up|down|gate)_proj",))
+    opened = open_checkpoint(_exported(model, tmp_path))
+    back = opened.packed().model()
+    mine, other = tensors_of(model), tensors_of(back)
+    assert mine.keys() == other.keys()
+    packed = [name for name, tensor in mine.items() if isinstance(tensor, QTensor)]
+    assert len(packed) == (5 if family == "gpt2" else 6) * config.num_layers
+    for name in packed:
+        assert other[name].scheme == mine[name].scheme
+        np.testing.assert_array_equal(np.asarray(other[name].planes[0]), np.asarray(mine[name].planes[0]), name)
+    assert not any(isinstance(tensor, QTensor) for tensor in tensors_of(opened.model()).values())
+    np.testing.assert_allclose(back(TOKENS), opened.model()(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_gguf_converts_to_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny_model()
+    quantize_layers(model, scheme("q5_0"))
+    path = _exported(model, tmp_path)
+    export(path, tmp_path / "again.gguf", format="gguf")
+    one, two = open_gguf(path), open_gguf(tmp_path / "again.gguf")
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, info in one.tensors.items():
+        assert two.tensors[name].type == info.type
+        assert np.array_equal(one.raw(name), two.raw(name))
 
 
 def test_tokens_are_the_same(tmp_path: Path) -> None:
