@@ -18,7 +18,7 @@ from jquant.io.mapped import shown
 from jquant.io.tokenizer import Tokenizer, checked_tokenizer
 from jquant.io.tokenizer_bpe import bpe_backend, pre_tokenizer_name
 from jquant.io.tokenizer_fields import CONTROL, NORMAL, UNUSED, USER_DEFINED, Fields
-from jquant.io.tokenizer_spm import spm_backend
+from jquant.io.tokenizer_spm import is_spm, spm_backend, spm_fields
 
 BACKENDS = {"gpt2": bpe_backend, "llama": spm_backend}  # by tokenizer.ggml.model
 
@@ -82,7 +82,7 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The `tokenizer.*` fields of a GGUF; `tokenizer_from_gguf` gives a tokenizer of the same ids from them.
 
     Args:
-        tokenizer: byte-level BPE, cut by one of the pre-tokenizers that a GGUF can name.
+        tokenizer: byte-level BPE, cut by one of the pre-tokenizers that a GGUF can name, or SentencePiece's BPE.
         rows: of the embedding; those without a token get one that no text contains.
 
     Raises:
@@ -90,10 +90,10 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """
     said = json.loads(tokenizer.backend.to_str())
     model = said["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or tokenizer.vocab_size > rows:
+    if model["type"] != "BPE" or tokenizer.vocab_size > rows:
         raise InputError(
             f"{tokenizer.source}: a tokenizer of {tokenizer.vocab_size} tokens, {model['type']}, for {rows} rows: "
-            "GGUFs are written with byte-level BPE; export another format"
+            "GGUFs are written with BPE, one row a token; export another format"
         )
     tokens = [f"[PAD{index}]" for index in range(rows)]
     kinds = np.full(rows, UNUSED, np.int32)
@@ -102,17 +102,21 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     for added in said["added_tokens"]:
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     fields: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre_tokenizer_name(said, tokenizer.source),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
         "tokenizer.ggml.add_eos_token": tokenizer.add_eos,
-        "tokenizer.ggml.add_space_prefix": False,
     }
+    if is_spm(said):
+        fields |= spm_fields(said, tokens, kinds, tokenizer.source)
+    else:
+        fields |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre_tokenizer_name(said, tokenizer.source),
+            "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+            "tokenizer.ggml.add_space_prefix": False,
+        }
     if tokenizer.bos_id is not None:
         fields["tokenizer.ggml.bos_token_id"] = tokenizer.bos_id
     for name, index in zip(("eos", "eot", "eom"), tokenizer.eos_ids, strict=False):

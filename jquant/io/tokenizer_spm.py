@@ -15,6 +15,8 @@ Reference: Kudo and Richardson, "SentencePiece", 2018; llama.cpp's llama-vocab.c
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -62,6 +64,85 @@ def spm_backend(fields: Fields) -> tuple[tokenizers.Tokenizer, bool]:
     )
     backend.add_tokens(_added_tokens(fields, vocabulary, prefix=prefix))
     return backend, True
+
+
+def is_spm(said: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json's BPE is SentencePiece's: spaces are "▁", not bytes spelled as letters."""
+    return any(part.get("type") in ("Replace", "Metaspace") for part in _parts(said))
+
+
+def spm_fields(said: Mapping[str, Any], tokens: Sequence[str], kinds: np.ndarray, source: str) -> dict[str, Any]:
+    """The fields of a GGUF, beside tokens and their kinds, for SentencePiece's BPE in a tokenizer.json.
+
+    A score is minus the rank of the token's first merge, which is what SentencePiece's trainer gives. Byte tokens and
+    the unknown one are marked in `kinds`.
+
+    Raises:
+        InputError: its merges are not those that scores of tokens give, or it changes texts as a GGUF cannot say.
+
+    Reference: Kudo and Richardson, "SentencePiece", 2018, 3.1; convert_hf_to_gguf.py for the names of fields.
+    """
+    model = said["model"]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    scores = np.full(len(tokens), -float(len(merges) + 1), np.float32)  # of those that nothing is merged into
+    numbers = {token: number for number, token in enumerate(tokens)}
+    made = [left + right for left, right in merges]
+    for rank, token in reversed(list(enumerate(dict.fromkeys(made)))):
+        scores[numbers[token]] = -rank
+    unknown = model.get("unk_token")
+    if unknown is not None:
+        kinds[numbers[unknown]] = UNKNOWN
+    if model.get("byte_fallback"):
+        for token in BYTE_TOKENS & numbers.keys():
+            kinds[numbers[token]] = BYTE
+    scores[kinds != NORMAL] = 0
+    vocabulary = Vocabulary(tokens=list(tokens), kinds=kinds, index=numbers)
+    again = _merges(vocabulary, scores.astype(np.float64), source)
+    order = list(dict.fromkeys(left + right for left, right in again))
+    if set(again) != set(merges) or order != list(dict.fromkeys(made)):
+        raise InputError(
+            f"{source}: its {len(merges)} merges are not those that SentencePiece makes of the tokens' scores "
+            f"({len(again)}), and a GGUF can say nothing else: export another format"
+        )
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": _adds_a_space(said, source),
+    }
+    if unknown is not None:
+        fields["tokenizer.ggml.unknown_token_id"] = numbers[unknown]
+    return fields
+
+
+def _parts(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Normalizers and pre-tokenizers, in their order."""
+    found: list[Mapping[str, Any]] = []
+    for name, members in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        part = said.get(name)
+        if part is not None:
+            found += part[members] if part["type"] == "Sequence" else [part]
+    return found
+
+
+def _adds_a_space(said: Mapping[str, Any], source: str) -> bool:
+    """Whether a text starts with a space more. Raises InputError where a text is changed otherwise."""
+    adds = False
+    for part in _parts(said):
+        match part["type"]:
+            case "Prepend" if part["prepend"] == SPACE:
+                adds = True
+            case "Metaspace":
+                adds = part.get("prepend_scheme", "always") != "never"
+            case "Replace" if part["content"] == SPACE and part["pattern"] == {"String": " "}:
+                pass
+            case "Split":  # where words are cut, which no merge crosses
+                pass
+            case other:
+                raise InputError(
+                    f"{source}: its tokenizer changes texts by {other}, which a GGUF cannot say: export another format"
+                )
+    return adds
 
 
 def _added_tokens(fields: Fields, vocabulary: Vocabulary, *, prefix: bool) -> list[AddedToken]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jquant.core.errors import InputError
 from jquant.io.gguf import open_gguf
 from jquant.io.tokenizer import Tokenizer, tokenizer_from_json, tokenizer_to_json
-from jquant.io.tokenizer_gguf import tokenizer_from_gguf
+from jquant.io.tokenizer_gguf import tokenizer_from_gguf, tokenizer_to_gguf
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "tokenizer_spm.json").read_text())
 TEXTS, MODELS = GOLDEN["texts"], GOLDEN["models"]
@@ -65,6 +66,35 @@ def test_a_text_comes_back(name):
     for text in TEXTS:
         if "▁" not in text and "[INST]" not in text:  # the space before a part comes back before its first alone
             assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_written_to_a_gguf_the_ids_are_the_same(name: str) -> None:
+    tokenizer = build(name)
+    written = tokenizer_to_gguf(tokenizer, rows=tokenizer.vocab_size + 3)
+    back = tokenizer_from_gguf(written)
+    for text, expected in zip(TEXTS, MODELS[name]["ids"], strict=True):
+        assert back.encode(text).tolist() == expected, text
+    recorded = np.array(MODELS[name]["token_type"])
+    assert np.array_equal(written["tokenizer.ggml.token_type"][:-3], recorded)
+    assert (written["tokenizer.ggml.token_type"][-3:] == UNUSED).all()
+
+
+def test_what_a_gguf_cannot_say_of_a_tokenizer() -> None:
+    said = json.loads(build("llama").backend.to_str())
+    merges = said["model"]["merges"]
+    fewer = said | {"model": said["model"] | {"merges": merges[:-1]}}
+    with pytest.raises(InputError, match="merges are not those that SentencePiece makes"):
+        tokenizer_to_gguf(_of_json(fewer), rows=2000)
+    parts = [{"type": "Lowercase"}, *said["normalizer"]["normalizers"]]
+    lower = said | {"normalizer": {"type": "Sequence", "normalizers": parts}}
+    with pytest.raises(InputError, match="changes texts by Lowercase"):
+        tokenizer_to_gguf(_of_json(lower), rows=2000)
+
+
+def _of_json(said: dict[str, Any]) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(said))
+    return Tokenizer(backend=backend, bos_id=None, eos_ids=(), add_bos=False, source="tokenizer.json")
 
 
 def test_spaces_of_user_defined_tokens_may_be_written_plainly():
