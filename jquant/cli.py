@@ -18,6 +18,7 @@ from jquant.config_file import read_config_file
 from jquant.core.errors import InputError
 from jquant.evaluation.config import EvalConfig
 from jquant.hardware.advise_config import AdviseConfig
+from jquant.hardware.recommend_config import HardwareConfig, RecommendConfig
 from jquant.models.export_config import ConvertConfig, ExportConfig
 from jquant.models.generate_config import GenerateConfig
 from jquant.ptq.config import QuantizeConfig
@@ -57,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise InputError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
+        if words == ["advise"]:
+            from jquant.advice_run import advise_interactively
+
+            advise_interactively()
+            return 0
         config_type, run = COMMANDS[words[0]]
         run(_parse(config_type, words[0], words[1:]))
     except InputError as error:
@@ -406,6 +412,47 @@ def _formats(config: FormatsConfig) -> None:
         _console().print(render(entries))
 
 
+def _hardware(config: HardwareConfig) -> None:
+    from jquant.hardware.devices import DEVICES, find_device, render
+    from jquant.hardware.local import local_device, measured_device
+
+    if config.measure:
+        from jquant.recommendation_run import measure_local
+
+        copied = None if config.copy_mb is None else config.copy_mb * 1_000_000
+        local, measured = measure_local(side=config.side, copied_bytes=copied)
+        device = measured_device(local, measured)
+        if config.json:
+            print(_json({"local": local.as_json(), "measured": dataclasses.asdict(measured)}))
+            return
+        _console().print(render([device]))
+        rates = ", ".join(f"{name} {rate:.4g}" for name, rate in measured.tera_rates.items())
+        print(f"All rates that were measured, in 1e12 operations a second: {rates}")
+        return
+    devices = list(DEVICES.values()) if config.device is None else [find_device(config.device)]
+    if config.json:
+        print(_json([device.as_json() for device in devices]))
+        return
+    _console().print(render(devices))
+    if config.device is None:
+        local = local_device()
+        known = "not in the list" if local.known is None else local.known.name
+        memory = "" if local.memory_bytes is None else f", {local.memory_bytes / 1e9:.1f} GB"
+        said = f"Here: {local.count} × {local.description} ({local.platform}{memory}), {known}; native: "
+        print(f"{said}{', '.join(local.native) or 'not known'}. Measure it: jquant hardware --measure")
+
+
+def _recommend(config: RecommendConfig) -> None:
+    from jquant.hardware.recommendation_table import render
+    from jquant.recommendation_run import recommend_for
+
+    found = recommend_for(config)
+    if config.json:
+        print(_json(found.as_json()))
+    else:
+        _console().print(render(found))
+
+
 def _advise(config: AdviseConfig) -> None:
     from jquant.hardware.advise_config import count
     from jquant.hardware.qat_decision import Question, decide, device_rate, measured_rate, render
@@ -450,6 +497,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "generate": (GenerateConfig, _generate),
     "inspect": (InspectConfig, _inspect),
     "formats": (FormatsConfig, _formats),
+    "hardware": (HardwareConfig, _hardware),
+    "recommend": (RecommendConfig, _recommend),
     "advise": (AdviseConfig, _advise),
 }
 

@@ -1,0 +1,387 @@
+"""lm-eval's benchmarks on our models: float or packed, from any checkpoint that `load_model` reads.
+
+    answerer = Answerer(model, tokenizer, max_length=…, generate=…)      what a harness asks; runs without lm-eval
+    run_tasks(answerer, ["arc_easy", "hellaswag"], limit=100)            lm-eval's tasks, prompts, filters and scores
+
+Contexts and continuations are cut into tokens as lm-eval's Hugging Face backend cuts them: spaces at the end of a
+context belong to the continuation, both are encoded as one text, and an empty context is BOS, or EOS without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jquant.core.errors import InputError
+from jquant.evaluation.benchmark import TaskResult, items_hash
+from jquant.evaluation.likelihood import Continuation, Likelihood, likelihoods
+from jquant.nn.protocol import CausalLM
+
+MISSING = "benchmarks need the package 'lm-eval': pip install 'jquant[eval]'"
+_MAX_TOKENS = 256  # of a generation whose task does not say; lm-eval's default
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_GREEDY = {
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "num_beams",
+    "seed",
+}  # without a meaning where nothing is drawn
+
+Stop = Callable[[int, Sequence[int]], bool]  # of a prompt's index and its new tokens so far: has it ended?
+Progress = Callable[[str, int, int], None]  # of a stage: what is asked, how many are done, of how many
+
+
+class Request(Protocol):
+    """Of lm_eval.api.instance.Instance what is read here."""
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+
+class AnswerTokenizer(Protocol):
+    """What of a tokenizer is needed here; io/tokenizer.py has one."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def add_bos(self) -> bool: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    def encode(self, text: str, *, add_bos: bool | None = None, add_eos: bool | None = None) -> Any: ...
+    def decode(self, ids: Any, *, skip_special: bool = True) -> str: ...
+
+
+class Generate(Protocol):
+    """Greedy new tokens of each prompt, the one that ended it included."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, stop: Stop) -> list[list[int]]: ...
+
+
+class Answerer:
+    """A model and its tokenizer as a harness asks them."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: AnswerTokenizer,
+        *,
+        max_length: int,
+        generate: Generate,
+        pass_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """
+        Args:
+            model: any decoder in three parts.
+            tokenizer: of the model.
+            max_length: tokens that the model reads at most; longer contexts lose their start.
+            generate: as `models.generate_batch.generate_batch` with a model.
+            pass_tokens: of a forward pass; see `likelihoods`.
+            progress: hears what was done.
+        """
+        if tokenizer.bos_id is None and not tokenizer.eos_ids:
+            raise InputError("the tokenizer has neither BOS nor EOS: nothing can stand before a text's first token")
+        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self.generate, self.pass_tokens, self.progress = generate, pass_tokens, progress
+        self.prefix = tokenizer.eos_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id
+
+    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Of each (context, continuation) log p(continuation | context) in nats, and whether it is the greedy one."""
+        found = self._likelihoods([self._pair(*request.args) for request in requests])
+        return [(each.log_probability, each.is_greedy) for each in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
+        """Of each (text,): its log-probability; long ones in stretches, each token once and with the most context."""
+        pieces: list[Continuation] = []
+        counts = []
+        for request in requests:
+            found = list(rolling_pieces(self._encode(request.args[0]), self.prefix, self.max_length))
+            pieces += found
+            counts.append(len(found))
+        values = iter(self._likelihoods(pieces))
+        return [float(sum(next(values).log_probability for _ in range(count))) for count in counts]
+
+    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+        """Of each (context, options) the greedy continuation, cut before the first of the strings in `until`."""
+        asked = [_generation(request.args[1]) for request in requests]
+        texts: dict[int, str] = {}
+        for max_tokens in sorted({length for length, _ in asked}):
+            if max_tokens >= self.max_length:
+                raise InputError(
+                    f"a task asks for {max_tokens} new tokens, the model reads {self.max_length}: no prompt fits"
+                )
+            chosen = [index for index, (length, _) in enumerate(asked) if length == max_tokens]
+            room = self.max_length - max_tokens
+            prompts = [self._encode(requests[index].args[0])[-room:] or [self.prefix] for index in chosen]
+            ended: set[int] = set()
+
+            def stop(row: int, new: Sequence[int], chosen: list[int] = chosen, ended: set[int] = ended) -> bool:
+                over = new[-1] in self.tokenizer.eos_ids
+                if not over and (until := asked[chosen[row]][1]):
+                    text = self.tokenizer.decode(new)
+                    over = any(word in text for word in until)
+                if over and self.progress is not None:
+                    ended.add(row)
+                    self.progress("generations", len(texts) + len(ended), len(requests))
+                return over
+
+            for index, new in zip(chosen, self.generate(prompts, max_tokens=max_tokens, stop=stop), strict=True):
+                kept = new[:-1] if new and new[-1] in self.tokenizer.eos_ids else new
+                texts[index] = _before_any(self.tokenizer.decode(kept), asked[index][1])
+        return [texts[index] for index in range(len(requests))]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages in the model's own chat template. Raises InputError where it has none."""
+        if self.tokenizer.chat_template is None:
+            raise InputError("the model has no chat template: leave --chat out")
+        try:
+            from jinja2.sandbox import (  # pyright: ignore[reportMissingImports]
+                ImmutableSandboxedEnvironment,
+            )
+        except ImportError as error:
+            raise InputError(MISSING) from error
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(self.tokenizer.chat_template).render(
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self._special(self.tokenizer.bos_id),
+            eos_token=self._special(self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else None),
+        )
+
+    def _special(self, token: int | None) -> str:
+        return "" if token is None else self.tokenizer.decode([token], skip_special=False)
+
+    def _likelihoods(self, requests: Sequence[Continuation]) -> list[Likelihood]:
+        heard = self.progress
+        progress = None if heard is None else lambda done: heard("likelihoods", done, len(requests))
+        return likelihoods(
+            self.model, requests, max_length=self.max_length, pass_tokens=self.pass_tokens, progress=progress
+        )
+
+    def _pair(self, context: str, continuation: str) -> Continuation:
+        if not context:
+            tokens = self._encode(continuation, add_bos=False)
+            return Continuation(*((tokens[:1], tokens[1:]) if tokens[:1] == [self.prefix] else ([self.prefix], tokens)))
+        stripped = context.rstrip()
+        if stripped:
+            continuation, context = context[len(stripped) :] + continuation, stripped
+        whole, first = self._encode(context + continuation), self._encode(context)
+        return Continuation(whole[: len(first)], whole[len(first) :])
+
+    def _encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        ids = [int(token) for token in self.tokenizer.encode(text, add_bos=add_bos, add_eos=False)]
+        doubled = add_bos is None and self.tokenizer.add_bos and ids[:2] == 2 * [self.tokenizer.bos_id]
+        return ids[1:] if doubled else ids  # a chat template may write BOS itself
+
+
+def rolling_pieces(tokens: Sequence[int], prefix: int, longest: int) -> Iterator[Continuation]:
+    """Each token of a text predicted once: a first stretch from `prefix` on, later ones with all that fits before."""
+    tokens = list(tokens)
+    if tokens:
+        yield Continuation([prefix], tokens[:longest])
+    for start in range(longest, len(tokens), longest):
+        end = min(start + longest, len(tokens))
+        yield Continuation(tokens[end - longest - 1 : start], tokens[start:end])
+
+
+def run_tasks(
+    answerer: Answerer,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    task_path: Path | None = None,
+    few_shot: int | None = None,
+    chat: bool = False,
+    allow_code: bool = False,
+) -> list[TaskResult]:
+    """Runs tasks of lm-eval.
+
+    Args:
+        answerer: the model.
+        tasks: names, of lm-eval's own or in `task_path`; groups such as mmlu too.
+        limit: the first items of each task; None for all.
+        task_path: a folder of task definitions (YAML), which go before lm-eval's own of the same name.
+        few_shot: solved examples before each question; None: as the task says.
+        chat: write prompts in the model's chat template.
+        allow_code: let tasks such as humaneval run what the model wrote, on this machine.
+
+    Raises:
+        InputError: lm-eval is missing, a task is unknown, or its data cannot be had.
+    """
+    try:
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(MISSING) from error
+    if limit is not None and limit < 1:
+        raise InputError(f"limit of {limit} items leaves nothing to ask; give at least 1, or none for all")
+    if task_path is not None and not any(Path(task_path).rglob("*.yaml")):
+        raise InputError(f"{task_path}: holds no task definition (.yaml)")
+    if allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    with _quiet():
+        manager = TaskManager(include_path=None if task_path is None else str(task_path))
+    unknown = [task for task in tasks if task not in set(manager.all_tasks)]
+    if unknown:
+        near = [task for task in manager.all_tasks if unknown[0].split("_")[0] in task][:8]
+        raise InputError(
+            f"unknown task {unknown[0]!r}"
+            + (f"; near are {', '.join(near)}" if near else "; lm-eval ls tasks lists them")
+        )
+    lm = as_lm(answerer)
+    try:
+        with _quiet():
+            found: Any = simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                num_fewshot=few_shot,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=manager,
+                apply_chat_template=chat,
+                confirm_run_unsafe_code=allow_code,
+            )
+    except InputError:
+        raise
+    except Exception as error:  # of lm-eval and of what loads data, which raise anything
+        if lm.was_asked:
+            raise
+        raise InputError(
+            f"tasks {', '.join(tasks)}: cannot be loaded: {' '.join(str(error).split())[:300]}; without a network give "
+            "definitions that read local files, by --task-path"
+        ) from error
+    return [_task_result(task, found) for task in tasks]
+
+
+def as_lm(answerer: Answerer) -> Any:
+    """The answerer as an lm_eval.api.model.LM. Raises InputError where lm-eval is missing."""
+    try:
+        from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(MISSING) from error
+
+    class JquantLM(LM):  # pyright: ignore[reportUntypedBaseClass]
+        tokenizer_name = "jquant"
+        was_asked = False
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self.was_asked = True
+            return answerer.loglikelihood(requests)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            self.was_asked = True
+            return answerer.loglikelihood_rolling(requests)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            self.was_asked = True
+            return answerer.generate_until(requests)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return answerer.chat(chat_history, add_generation_prompt)
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return answerer.tokenizer.chat_template or ""
+
+    return JquantLM()
+
+
+def _generation(options: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """How many tokens at most, and the strings that end a generation."""
+    until = options.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    lengths = [options[name] for name in _LENGTH_NAMES if options.get(name) is not None]
+    unknown = sorted(set(options) - {"until", *_LENGTH_NAMES, *_GREEDY})
+    if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+        raise InputError("a task asks for sampled text (do_sample): only greedy generation is compared here")
+    if unknown:
+        raise InputError(
+            f"a task asks for generation with {unknown[0]}={options[unknown[0]]!r}, which is not supported"
+        )
+    return int(lengths[0] if lengths else _MAX_TOKENS), tuple(word for word in until if word)
+
+
+def _before_any(text: str, words: Sequence[str]) -> str:
+    for word in words:
+        text = text.split(word)[0]
+    return text
+
+
+def _task_result(task: str, found: Mapping[str, Any]) -> TaskResult:
+    """Of a task, or of a group: the items of all tasks below it."""
+    leaves = _leaves(task, found.get("group_subtasks", {}))
+    samples = [sample for leaf in leaves for sample in found["samples"][leaf]]
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    by_filter = {name: [sample for sample in samples if sample["filter"] == name] for name in filters}
+    items: dict[str, tuple[float, ...]] = {}
+    for name, rows in by_filter.items():
+        for metric in dict.fromkeys(metric for row in rows for metric in row["metrics"]):
+            if all(isinstance(row.get(metric), bool | int | float) for row in rows):
+                items[_metric_name(metric, name)] = tuple(float(row[metric]) for row in rows)
+    scores, stderr = {}, {}
+    for key, value in found["results"][task].items():
+        metric, _, name = key.partition(",")
+        if name and isinstance(value, int | float):
+            if metric.endswith("_stderr"):
+                stderr[_metric_name(metric.removesuffix("_stderr"), name)] = float(value)
+            else:
+                scores[_metric_name(metric, name)] = float(value)
+    first = by_filter[filters[0]] if filters else []
+    counts = found.get("n-shot", {})
+    return TaskResult(
+        task=task,
+        version=str(found.get("versions", {}).get(task, "")),
+        few_shot=int(counts.get(task, counts.get(leaves[0], 0)) or 0),
+        scores=scores or {name: sum(values) / len(values) for name, values in items.items()},
+        stderr={name: _stderr(values) for name, values in items.items()} | stderr,
+        items=items,
+        answers=tuple(_answer(sample) for sample in first),
+        items_sha256=items_hash([sample["arguments"] for sample in first]),
+    )
+
+
+def _stderr(values: Sequence[float]) -> float:
+    """Of the mean of independent items; NaN for one, which says nothing about spread."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+def _leaves(task: str, below: Mapping[str, Sequence[str]]) -> list[str]:
+    return [leaf for child in below[task] for leaf in _leaves(child, below)] if below.get(task) else [task]
+
+
+def _metric_name(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
+def _answer(sample: Mapping[str, Any]) -> Any:
+    """The index of the likeliest choice, or what was generated."""
+    responses = sample["filtered_resps"]
+    if responses and isinstance(responses[0], tuple | list) and len(responses[0]) == 2:
+        logs = [float(response[0]) for response in responses]
+        return max(range(len(logs)), key=logs.__getitem__)
+    return responses[0] if len(responses) == 1 else responses
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's and datasets' log of every step; errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
