@@ -17,6 +17,7 @@ import tyro
 from jquant.config_file import read_config_file
 from jquant.core.errors import InputError
 from jquant.evaluation.config import EvalConfig
+from jquant.evaluation.validate_config import ValidateConfig
 from jquant.hardware.advise_config import AdviseConfig
 from jquant.hardware.recommend_config import HardwareConfig, RecommendConfig
 from jquant.models.export_config import ConvertConfig, ExportConfig
@@ -45,7 +46,8 @@ class FormatsConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for a mistake of the caller, 130 when interrupted."""
+    """Runs one command; returns the exit code: 0, 1 for a failed validation, 2 for a mistake of the caller, 130 when
+    interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -59,12 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             raise InputError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
         if words == ["advise"]:
-            from jquant.advice_run import advise_interactively
-
-            advise_interactively()
+            _advise_by_questions()
             return 0
         config_type, run = COMMANDS[words[0]]
-        run(_parse(config_type, words[0], words[1:]))
+        code = run(_parse(config_type, words[0], words[1:]))
     except InputError as error:
         print(f"jquant: error: {error}", file=sys.stderr)
         return 2
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    return 0
+    return code or 0
 
 
 def _parse(config_type: type, command: str, words: list[str]) -> Any:
@@ -214,6 +214,21 @@ def _eval_tasks(config: EvalConfig) -> None:
             "seconds": time.perf_counter() - started,
         }
         _write_json(config.json, record)
+
+
+def _validate(config: ValidateConfig) -> int:
+    from rich.markdown import Markdown
+
+    from jquant.evaluation.validation_report import to_markdown
+    from jquant.validation_run import run_validation
+
+    with _stages() as listen:
+        validation = run_validation(config, listen)
+    text, console = to_markdown(validation), _console()
+    console.print(Markdown(text) if console.is_terminal else text, markup=False, highlight=False, soft_wrap=True)
+    if config.out is not None:
+        print(f"Written to {config.out}: validation.json, validation.md, validation.html")
+    return 0 if validation.passed else 1
 
 
 def _print_tasks(results: Any) -> None:
@@ -453,6 +468,17 @@ def _recommend(config: RecommendConfig) -> None:
         _console().print(render(found))
 
 
+def _advise_by_questions() -> None:
+    if not sys.stdin.isatty():
+        raise InputError(
+            "advise without arguments asks questions, and standard input is no terminal; give the answers as options: "
+            "jquant recommend llama-3-70b --device h100-sxm, or jquant advise demo --scheme int4:g128 --ptq-loss 3"
+        )
+    from jquant.advice_run import advise_interactively
+
+    advise_interactively()
+
+
 def _advise(config: AdviseConfig) -> None:
     from jquant.hardware.advise_config import count
     from jquant.hardware.qat_decision import Question, decide, device_rate, measured_rate, render
@@ -487,8 +513,9 @@ def _advise(config: AdviseConfig) -> None:
     print(_json(decision.as_json()) if config.json else render(decision))
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "eval": (EvalConfig, _eval),
+    "validate": (ValidateConfig, _validate),
     "sweep": (SweepConfig, _sweep),
     "quantize": (QuantizeConfig, _quantize),
     "qat": (QATCommand, _qat),

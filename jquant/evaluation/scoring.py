@@ -72,7 +72,7 @@ def evaluate(
     Raises:
         InputError: the batch is not positive, tokens exceed the vocabulary, or the reference is of other windows.
     """
-    _check(model, windows, batch)
+    check_windows(model, windows, batch)
     if reference is not None and not (reference.batch == batch and _same_windows(reference.windows, windows)):
         raise InputError("the reference was prepared on other windows or another batch size: prepare it on these")
     if reference is not None and _vocabulary(reference.head, reference.hidden[0]) != _vocabulary(
@@ -80,7 +80,7 @@ def evaluate(
     ):
         raise InputError("model and reference have vocabularies of different sizes: their predictions do not compare")
     sums, done = [], 0
-    for index, (tokens, scored) in enumerate(_batches(windows, batch)):
+    for index, (tokens, scored) in enumerate(batches_of(windows, batch)):
         hidden = hidden_states(model, tokens)
         against = None if reference is None else (reference.head, reference.hidden[index])
         sums.append(jax.device_get(_score(model.head, hidden, tokens, scored, against)))
@@ -94,18 +94,18 @@ def prepare_reference(
     model: CausalLM, windows: Windows, *, batch: int = 1, progress: Callable[[int], None] | None = None
 ) -> tuple[Reference, Perplexity]:
     """The reference to compare other models with, and its own perplexity."""
-    _check(model, windows, batch)
-    hidden = [hidden_states(model, tokens) for tokens, _ in _batches(windows, batch)]
+    check_windows(model, windows, batch)
+    hidden = [hidden_states(model, tokens) for tokens, _ in batches_of(windows, batch)]
     reference = Reference(head=model.head, hidden=hidden, windows=windows, batch=batch)
     sums = []
-    for index, (tokens, scored) in enumerate(_batches(windows, batch)):
+    for index, (tokens, scored) in enumerate(batches_of(windows, batch)):
         sums.append(jax.device_get(_score(model.head, hidden[index], tokens, scored, None)))
         if progress is not None:
             progress(min((index + 1) * batch, len(windows.tokens)))
     return reference, _summarize(sums, windows, compared=False).perplexity
 
 
-def _batches(windows: Windows, batch: int) -> Iterator[tuple[Array, Array]]:
+def batches_of(windows: Windows, batch: int) -> Iterator[tuple[Array, Array]]:
     """Tokens and masks, [batch, …]; the last batch is filled up with windows that score nothing."""
     for start in range(0, len(windows.tokens), batch):
         tokens, scored = windows.tokens[start : start + batch], windows.scored[start : start + batch]
@@ -146,10 +146,10 @@ def _score_rows(
         states, reference_states, wanted = chunk
         logits = nnx.merge(graphdef, state)(states)
         if reference_graphdef is None:
-            nll = jax.lax.map(lambda row: _nll(*row), (logits, wanted), batch_size=_tile())
+            nll = jax.lax.map(lambda row: _nll(*row), (logits, wanted), batch_size=rows_at_a_time())
             return nll, jnp.zeros_like(nll), jnp.zeros_like(nll)
         other = nnx.merge(reference_graphdef, reference_state)(reference_states)
-        return jax.lax.map(lambda row: _compared(*row), (logits, wanted, other), batch_size=_tile())
+        return jax.lax.map(lambda row: _compared(*row), (logits, wanted, other), batch_size=rows_at_a_time())
 
     chunks = (
         rows(hidden),
@@ -182,7 +182,7 @@ def _compared(logits: Array, wanted: Array, other: Array) -> tuple[Array, Array,
     return log_z - logits[wanted], kl, agree.astype(jnp.float32)
 
 
-def _tile() -> int:
+def rows_at_a_time() -> int:
     """Rows of logits that are reduced at a time. Several passes read them: on CPU one row a core stays in its cache."""
     return min(_ROWS, os.cpu_count() or 1) if jax.default_backend() == "cpu" else _ROWS
 
@@ -207,7 +207,7 @@ def _summarize(batches: Sequence[_Sums], windows: Windows, *, compared: bool) ->
     )
 
 
-def _check(model: CausalLM, windows: Windows, batch: int) -> None:
+def check_windows(model: CausalLM, windows: Windows, batch: int) -> None:
     if batch < 1:
         raise InputError(f"batch {batch}: it must be at least 1 window")
     model.contexts(windows.window)  # refuses what is longer than the model's context

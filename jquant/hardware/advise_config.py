@@ -14,7 +14,7 @@ _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 @dataclass(frozen=True, kw_only=True)
 class AdviseConfig:
-    """Advises PTQ or QAT from a measured loss, the requirement and what training would cost, and says why."""
+    """Advises PTQ or QAT from a measured loss and what training would cost; without arguments asks, and recommends."""
 
     model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="MODEL")] = None
     """Whose parameters are counted; or give --parameters."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import Scheme
-from jquant.hardware.training_rates import training_device
+from jquant.hardware.devices import find_device
 
 Requirement = Literal["strict", "moderate", "relaxed"]
 Recommendation = Literal["ptq", "qat", "qat_if_ptq_fails", "measure_ptq_first"]
@@ -114,14 +114,24 @@ class Decision:
 
 
 def device_rate(name: str, *, utilization: float = UTILIZATION) -> Rate:
-    """The rate of a device in the table of `hardware.training_rates`. Raises InputError for an unknown one."""
-    device = training_device(name)
+    """The rate of a device in the table of `hardware.devices`.
+
+    Raises:
+        InputError: it is unknown, or no bf16 rate of it has a source.
+    """
+    device = find_device(name)
+    figure = device.rates.get("bf16")
+    if figure is None:
+        raise InputError(
+            f"device {device.name}: no bf16 rate with a source is known; give the rate of your own training step, in "
+            "TFLOP/s (--tflops)"
+        )
     return Rate(
         device=device.name,
-        flops=device.bf16_tflops * 1e12,
+        flops=figure.value * 1e12,
         utilization=utilization,
-        memory_bytes=device.memory_gb * 1e9,
-        source=f"dense bf16; {device.source}",
+        memory_bytes=None if device.memory_gb is None else device.memory_gb.value * 1e9,
+        source=f"dense bf16; {figure.source}",
     )
 
 
