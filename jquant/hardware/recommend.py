@@ -300,8 +300,8 @@ def _too_large(numerics: Numerics, asked: Constraints, used: Memory) -> str:
     enough = next((n for n in range(asked.devices + 1, 65) if _total(numerics, asked, n) <= usable), None)
     would = f"{enough} devices would do" if enough else "64 devices would not do"
     return (
-        f"needs {_gb(used.total)} a device (weights {_gb(used.weights)}, KV cache {_gb(used.cache)}, activations "
-        f"{_gb(used.activations)}), of which {_gb(usable)} are usable; {would}"
+        f"needs {_gb(used.total)} a device ({_gb(used.weights)} weights, {_gb(used.cache)} KV cache, "
+        f"{_gb(used.activations)} activations) of {_gb(usable)} usable; {would}"
     )
 
 
@@ -320,10 +320,9 @@ def _not_native(candidate: Candidate, device: Device) -> str | None:
     if name == "fp8" and device.native("fp8fnuz"):
         return f"the fp8 of {device.name} is the fnuz kind (e4m3 to 240), not OCP's (to 448): take fp8_e4m3fnuz"
     narrow = [rate for rate in device.rates if rate not in ("fp32", "bf16", "fp16")]
-    instead = f"natively it multiplies {', '.join(narrow)}" if narrow else "it multiplies floats only"
     return (
-        f"{device.name} does not multiply {name or candidate.inputs}: decoded to {floats} first, quantized inputs cost "
-        f"accuracy and gain nothing; {instead}"
+        f"{device.name} does not multiply {name or candidate.inputs} but {', '.join(narrow) or 'floats only'}: decoded "
+        f"to {floats} first, quantized inputs cost accuracy and gain nothing"
     )
 
 

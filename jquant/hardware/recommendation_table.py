@@ -34,16 +34,18 @@ def render(found: Recommendation) -> RenderableType:
 
 
 def _options(found: Recommendation) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     throughput = found.constraints.first == "throughput"
-    titles = ["scheme", "method", "bits", "GB/device"]
+    titles = ["scheme and method", "bits", "GB/device"]
     titles += ["batch"] if throughput else []
     titles += ["prefill", "ms/token", "tokens/s", "loss %", "in"]
     for title in titles:
-        table.add_column(title, justify="left" if title in ("scheme", "method", "in") else "right", no_wrap=True)
+        words = title == "scheme and method"  # may be folded; a number that is cut in two reads as another
+        table.add_column(
+            title, justify="left" if words or title == "in" else "right", no_wrap=not words, overflow="fold"
+        )
     for option in found.options:
-        row = [option.candidate.scheme, option.candidate.method]
-        row += [f"{option.bits_per_weight:.3g}", f"{option.memory.total / 1e9:.1f}"]
+        row = [str(option.candidate), f"{option.bits_per_weight:.3g}", f"{option.memory.total / 1e9:.1f}"]
         row += [str(option.batch)] if throughput else []
         row += ["?" if option.prefill is None else _seconds(option.prefill.total), f"{1e3 * option.decode.total:.3g}"]
         row += [f"{option.tokens_per_second:,.3g}" if option.tokens_per_second < 1000 else _thousands(option)]

@@ -68,7 +68,7 @@ class Load:
     batch: int = 1
     prompt: int = 2048
     output: int = 256
-    chunk: int | None = None  # tokens of a prompt at once; None: all
+    chunk: int | None = None  # tokens of prompts at once, of all sequences together; None: all
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt", "output"):
@@ -116,7 +116,7 @@ def memory(shape: ModelShape, numerics: Numerics, load: Load, *, devices: int = 
     float_bytes = numerics.float_bits / 8
     block_bytes = shape.block_weights * _weight_bits(numerics) / 8
     others = (shape.embedding_weights + shape.other_parameters) * float_bytes
-    tokens = load.batch * min(load.prompt, load.chunk or load.prompt)
+    tokens = min(load.batch * load.prompt, load.chunk or load.batch * load.prompt)
     inner = max(1, shape.experts_per_token) * shape.intermediate_size * (3 if shape.gated else 2)
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     row = 4 * shape.hidden_size + (heads + inner) / devices
@@ -136,11 +136,12 @@ def usable_bytes(device: Device, *, memory_gb: float | None = None) -> float | N
 
 def prefill(shape: ModelShape, numerics: Numerics, load: Load, device: Device, *, devices: int = 1) -> Time:
     """Least time until all prompts have been read and each sequence has its first token."""
-    piece = load.chunk or load.prompt
-    pieces = math.ceil(load.prompt / piece)
     tokens = load.batch * load.prompt
+    pieces = math.ceil(tokens / (load.chunk or tokens))
     seen = load.batch * _causal_positions(shape, load.prompt)
-    read = sum(load.batch * _cache_bytes(shape, numerics, min((i + 1) * piece, load.prompt)) for i in range(pieces))
+    piece = min(load.prompt, load.chunk or load.prompt)  # of one sequence, whose cache each piece reads
+    ends = [min(start + piece, load.prompt) for start in range(0, load.prompt, piece)]
+    read = load.batch * sum(_cache_bytes(shape, numerics, end) for end in ends)
     touched = pieces * shape.touched_weights(tokens / pieces)
     return _time(shape, numerics, device, devices, tokens=tokens, touched=touched, seen=seen, read=read, load=load)
 

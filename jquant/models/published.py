@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ def _of_size(billions: float, family: str) -> Published:
         raise InputError(f"family {family!r} is unknown; known are {', '.join(families)}")
     if not billions > 0:
         raise InputError(f"a model of {billions:g} billion parameters: the size must be positive")
-    nearest = min(members, key=lambda known: abs(known.parameters / billions - 1))
+    nearest = min(members, key=lambda known: abs(math.log(known.parameters / billions)))
     if abs(nearest.parameters / billions - 1) <= 0.05:
         return nearest
     config = nearest.config

@@ -1,0 +1,88 @@
+"""Predicted against measured: prefill and decoding of a model of ours, beside the roofline of the device it runs on.
+
+    python scripts/bench_roofline.py [MODEL]                 # the demo on whatever JAX runs on
+    python scripts/bench_roofline.py MODEL --dtype bfloat16 --prompt 2048 --output 64
+
+Measures the device (a copy, products of matrices), predicts from that and from the model's sizes alone, then times
+`generate`: until the first token, and then for each token, each the least of several runs. Needs jax and jquant alone.
+`generate` reads prompts in pieces of 64 tokens and keeps a cache of a multiple of 256 positions, all of which it reads:
+the prediction is of that, with the pieces; the cache's padding is part of what the ratio shows.
+
+CPU: TO BE MEASURED
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+
+import jax
+import numpy as np
+
+from jquant.hardware.local import local_device, measured_device
+from jquant.hardware.measure import measure
+from jquant.hardware.roofline import Load, Numerics, decode, memory, prefill
+from jquant.models.checkpoint import open_checkpoint
+from jquant.models.decoder import Decoder
+from jquant.models.generate import generate
+from jquant.models.shape import model_shape
+
+CHUNK = 64  # tokens of a prompt that `generate` reads at once
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo", help="as for jquant generate")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and sums")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--output", type=int, default=32, help="tokens that are timed after the first")
+    parser.add_argument("--runs", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--side", type=int, help="of the matrices that are multiplied; 1024 on CPU, 8192 elsewhere")
+    arguments = parser.parse_args()
+
+    local = local_device()
+    small = local.platform == "cpu"
+    name = "fp32" if arguments.dtype == "float32" else "bf16"
+    side = arguments.side or (1024 if small else 8192)
+    measured = measure(("fp32", name), side=side, copied_bytes=1 << 28 if small else 1 << 31)
+    device = measured_device(local, measured)
+    rate = measured.tera_rates[name]
+    print(f"{local.count} × {local.description}, jax {jax.__version__}")
+    print(f"copy {measured.bandwidth_gb_s:.1f} GB/s, {name} {rate:.3f}e12 operations/s (matrices of side {side})")
+
+    checkpoint = open_checkpoint(arguments.model)
+    shape = model_shape(checkpoint.config, name=arguments.model, source="its config")
+    numerics = Numerics(float_bits=32 if name == "fp32" else 16)
+    load = Load(prompt=arguments.prompt, output=arguments.output, chunk=CHUNK)
+    predicted = {
+        "prefill": prefill(shape, numerics, load, device),
+        "decode": decode(shape, numerics, load, device),
+    }
+    model = checkpoint.model(dtype=arguments.dtype)
+    took = min((timed(model, load) for _ in range(arguments.runs)), key=sum)
+    held = memory(shape, numerics, load).weights / 1e6
+    print(f"{arguments.model}: {shape.parameters / 1e6:.1f} million parameters, {held:.0f} MB in {arguments.dtype}")
+    for (part, time_), seconds in zip(predicted.items(), took, strict=True):
+        unit = f"{arguments.prompt} tokens" if part == "prefill" else "a token"
+        print(
+            f"{part:8} {unit:12} predicted {1e3 * time_.total:9.3f} ms (bound by {time_.bound})   "
+            f"measured {1e3 * seconds:9.3f} ms   ratio {seconds / time_.total:.2f}"
+        )
+
+
+def timed(model: Decoder, load: Load) -> tuple[float, float]:
+    """Seconds until the first token, and a token after it; compiled before."""
+    prompt = np.arange(load.prompt) % min(1000, model.config.vocab_size)
+    # The first two tokens compile both programs; the cache must be as long as in the run that is timed.
+    list(itertools.islice(generate(model, prompt, max_tokens=load.output + 1), 2))
+    started = time.perf_counter()
+    stream = generate(model, prompt, max_tokens=load.output + 1)
+    next(stream)
+    first = time.perf_counter()
+    count = sum(1 for _ in stream)
+    return first - started, (time.perf_counter() - first) / count
+
+
+if __name__ == "__main__":
+    main()
