@@ -168,6 +168,7 @@ class Rejection:
 
     candidate: Candidate
     reasons: tuple[str, ...]
+    devices_needed: int | None = None  # where memory is the only reason, how many devices would have enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,12 +234,13 @@ def recommend(
 
 
 def _judge(candidate: Candidate, asked: Constraints, loss: ExpectedLoss | None) -> Option | Rejection:
-    reasons = []
+    reasons, enough = [], None
     numerics = Numerics(weights=candidate.weights, inputs=candidate.inputs, cache=asked.cache)
     used = memory(asked.shape, numerics, asked.load, devices=asked.devices)
     assert asked.usable is not None
     if used.total > asked.usable:
-        reasons.append(_too_large(numerics, asked, used))
+        enough = _enough(numerics, asked)
+        reasons.append(_too_large(asked, used, enough))
     if candidate.scheme == FLOAT:
         loss = ExpectedLoss(percent=0.0, source="the model as it is")
     if loss is None:
@@ -248,7 +250,8 @@ def _judge(candidate: Candidate, asked: Constraints, loss: ExpectedLoss | None) 
     if (foreign := _not_native(candidate, asked.device)) is not None:
         reasons.append(foreign)
     if reasons or loss is None:
-        return Rejection(candidate=candidate, reasons=tuple(reasons))
+        only_memory = len(reasons) == 1 and loss is not None
+        return Rejection(candidate=candidate, reasons=tuple(reasons), devices_needed=enough if only_memory else None)
     load = asked.load if asked.first == "latency" else _best_load(numerics, asked)
     return _option(candidate, numerics, load, asked, loss)
 
@@ -294,10 +297,16 @@ def _best_load(numerics: Numerics, asked: Constraints) -> Load:
     return best
 
 
-def _too_large(numerics: Numerics, asked: Constraints, used: Memory) -> str:
+def _enough(numerics: Numerics, asked: Constraints) -> int | None:
+    """How many devices have enough memory; None where not even 64 have."""
     usable = asked.usable
     assert usable is not None
-    enough = next((n for n in range(asked.devices + 1, 65) if _total(numerics, asked, n) <= usable), None)
+    return next((n for n in range(asked.devices + 1, 65) if _total(numerics, asked, n) <= usable), None)
+
+
+def _too_large(asked: Constraints, used: Memory, enough: int | None) -> str:
+    usable = asked.usable
+    assert usable is not None
     would = f"{enough} devices would do" if enough else "64 devices would not do"
     return (
         f"needs {_gb(used.total)} a device ({_gb(used.weights)} weights, {_gb(used.cache)} KV cache, "
@@ -340,9 +349,13 @@ def _notes(candidate: Candidate, numerics: Numerics, device: Device) -> tuple[st
 
 def _device_caveats(asked: Constraints) -> list[str]:
     device = asked.device
-    found = ["Times are least times: peaks of the data sheet, nothing lost to kernels; expect 1.2 to 3 times as long."]
+    found = ["Times are least times: peaks of the data sheet, nothing lost to kernels or their launch."]
     if device.name.startswith("local"):
         found = ["Times are least times, from the bandwidth and rates that were measured here."]
+    found[0] += (
+        " Our own decoder on two CPU cores takes 1.8 times as long to prefill and 4 times as long to decode the demo "
+        "(scripts/bench_roofline.py)."
+    )
     if device.rate(device.float_format) is None:
         found.append(
             f"No rate of multiplication with a source is known for {device.name}: no time of prefill is given, and "

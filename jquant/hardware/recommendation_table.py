@@ -27,6 +27,10 @@ def render(found: Recommendation) -> RenderableType:
         parts += [_options(found), Text(), *_best(found)]
     else:
         parts.append(Text("Nothing fits and keeps the loss: see why below.", style="bold"))
+        possible = [each for each in found.rejections if each.devices_needed is not None]
+        if possible:
+            least = min(possible, key=lambda each: each.devices_needed or 0)
+            parts.append(_indented(f"{least.devices_needed} × {device.name} would hold {least.candidate}."))
     if found.rejections:
         parts += [Text(), Text("Rejected", style="bold"), _rejections(found)]
     parts += [Text(), Text("To know", style="bold"), *(_indented(caveat) for caveat in found.caveats)]

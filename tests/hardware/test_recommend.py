@@ -91,6 +91,8 @@ def test_an_rtx_4090_cannot_hold_it_and_says_how_many_would() -> None:
     assert "2 devices would do" in reasons(found)["int4:g128:asym:fp16", "gptq"]
     said = text(found)
     assert "Nothing fits and keeps the loss" in said
+    assert "2 × rtx-4090 would hold int4:g128:asym:fp16 by gptq." in said
+    assert recommend(asked("rtx-4090", devices=2), PRIOR).options
 
 
 def test_an_m4_max_is_told_apart_in_what_is_not_known() -> None:
