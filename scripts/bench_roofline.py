@@ -9,9 +9,9 @@ Measures the device (a copy, products of matrices), predicts from that and from 
 the prediction is of that, with the pieces; the cache's padding is part of what the ratio shows.
 
 CPU (2 cores of an AMD EPYC beside another process, jax 0.10.2, 2026-11-25): the demo in float32, 512 prompt tokens,
-copy 36 GB/s, 0.107e12 operations/s: prefill 1.10 s predicted, 2.00 s measured, ratio 1.8; a token 15 ms predicted, 60 ms
-measured, ratio 4.0. Of those 60 ms 17 go to launching the blocks' programs (as many blocks of width 32 take that long),
-and XLA reads a matrix that meets one row at 19 to 27 GB/s.
+copy 36 GB/s, 0.107e12 operations/s: prefill 1.10 s predicted, 2.00 s measured, ratio 1.8; a token 15 ms predicted,
+60 ms measured, ratio 4.0. Of those 60 ms 17 go to launching the blocks' programs (as many blocks of width 32 take that
+long), and XLA reads a matrix that meets one row at 19 to 27 GB/s.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ CDNA4 = "AMD Instinct CDNA 4 ISA reference, MFMA scale instructions"
 INTEL = "Intel 64 and IA-32 SDM, AVX512_VNNI and AMX-INT8"
 ARM = "Arm ARM DDI 0487, FEAT_I8MM"
 TPU = "Google Cloud TPU v5e and v6e system architecture"
+JAX_TPU = "jax 0.10.2, pallas TPU hardware table"
+GAUDI = "Intel Gaudi 3 AI Accelerator White Paper, 2024"
 OCP_MX = "OCP Microscaling Formats (MX) 1.0, 2023, section 5"
 OCP_FP8 = "OCP 8-bit Floating Point (OFP8) 1.0, 2023"
 ML_DTYPES = "ml_dtypes 0.6, float8 types"
@@ -36,7 +38,7 @@ INT_SOURCE = "Jacob et al., arXiv 1712.05877; compressed-tensors 0.20"
 GGML = "ggml: ggml-common.h and docs/gguf.md, 2025"
 
 _BLACKWELL = "NVIDIA Blackwell"
-_INT8 = ("NVIDIA Turing+", "AMD MI100+", "Intel VNNI/AMX", "Arm i8mm", "TPU v5e, v6e")
+_INT8 = ("NVIDIA Turing+", "AMD MI100+", "Intel VNNI/AMX", "Arm i8mm", "TPU v5e, v5p, v6e")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ def _example(name: str) -> Scheme:
     return scheme(f"{name}:channel" if element.bits == 8 or isinstance(element, Float) else f"{name}:g128:fp16")
 
 
-_FP8_OCP = ("NVIDIA Ada, Hopper, Blackwell", "AMD MI350")
+_FP8_OCP = ("NVIDIA Ada, Hopper, Blackwell", "AMD MI350", "Intel Gaudi 2, 3", "TPU v6e")
 _FP8_FNUZ = ("AMD MI300",)
 _MX_NATIVE = (_BLACKWELL, "AMD MI350")
 
@@ -170,13 +172,13 @@ _WIDE = (
 _FACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "int2": ((), (INT_SOURCE,)),
     "int3": ((), (INT_SOURCE,)),
-    "int4": (("NVIDIA Turing, Ampere, Ada",), (INT_SOURCE, PTX, AMPERE, HOPPER)),
+    "int4": (("NVIDIA Turing, Ampere, Ada", "TPU v5e, v5p, v6e"), (INT_SOURCE, PTX, AMPERE, HOPPER, JAX_TPU)),
     "int5": ((), (INT_SOURCE,)),
     "int6": ((), (INT_SOURCE,)),
     "int7": ((), (INT_SOURCE,)),
-    "int8": (_INT8, (INT_SOURCE, PTX, CDNA3, INTEL, ARM, TPU)),
-    "fp8_e4m3": (_FP8_OCP, (OCP_FP8, PTX, CDNA4)),
-    "fp8_e5m2": (_FP8_OCP, (OCP_FP8, PTX, CDNA4)),
+    "int8": (_INT8, (INT_SOURCE, PTX, CDNA3, INTEL, ARM, TPU, JAX_TPU)),
+    "fp8_e4m3": (_FP8_OCP, (OCP_FP8, PTX, CDNA4, GAUDI, JAX_TPU)),
+    "fp8_e5m2": (_FP8_OCP, (OCP_FP8, PTX, CDNA4, GAUDI, JAX_TPU)),
     "fp8_e4m3fnuz": (_FP8_FNUZ, (ML_DTYPES, CDNA3)),
     "fp8_e5m2fnuz": (_FP8_FNUZ, (ML_DTYPES, CDNA3)),
     "fp8_e3m4": ((), (ML_DTYPES,)),

@@ -148,7 +148,7 @@ def _details(device: Device) -> RenderableType:
         **{name: (figure, "e12 operations/s") for name, figure in device.rates.items()},
     }
     for name, (figure, unit) in figures.items():
-        table.add_row(name, "no figure found with a source" if figure is None else f"{figure.value:g} {unit}")
+        table.add_row(name, "no figure found with a source" if figure is None else f"{figure.value:.5g} {unit}")
     said: dict[Source, list[str]] = {}
     for name, (figure, _) in figures.items():
         if figure is not None:

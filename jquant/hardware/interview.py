@@ -56,11 +56,19 @@ def ask_constraints(ask: Ask, say: Say, check_model: Callable[[str], object], *,
             raise InputError(f"{words}: there is no such folder; give that of a jquant sweep, or none")
         return Path(words)
 
+    def memory_of(name: str | None) -> float | None:
+        """Asked where the list does not say: of a CPU."""
+        if name is None or find_device(name).memory_gb is not None:
+            return None
+        return _until_right(ask, say, f"Memory of {name}, in GB", "256", _positive)
+
+    what = "Model (a name as llama-3-8b, a size as 70B, a file or folder)"
+    wanted = _until_right(ask, say, what, "llama-3-8b", model)
+    chosen = _until_right(ask, say, f"Device (as h100-sxm; {LOCAL}: measure this machine)", device, known_device)
     return RecommendConfig(
-        model=_until_right(
-            ask, say, "Model (a name as llama-3-8b, a size as 70B, a file or folder)", "llama-3-8b", model
-        ),
-        device=_until_right(ask, say, f"Device (as h100-sxm; {LOCAL}: measure this machine)", device, known_device),
+        model=wanted,
+        device=chosen,
+        memory=memory_of(chosen),
         devices=_until_right(ask, say, "How many of them", "1", _whole),
         prompt=_until_right(ask, say, "Tokens of a prompt", "2048", _whole),
         output=_until_right(ask, say, "New tokens after it", "256", _whole),
@@ -104,6 +112,13 @@ def _percent(words: str) -> float:
     value = _number(words)
     if not value >= 0:
         raise InputError(f"{words!r}: give a percentage of 0 or more")
+    return value
+
+
+def _positive(words: str) -> float:
+    value = _number(words)
+    if not 0 < value < float("inf"):
+        raise InputError(f"{words!r}: give a number above 0")
     return value
 
 

@@ -370,6 +370,8 @@ def _device_caveats(asked: Constraints) -> list[str]:
                 else "links whose speed is not known: they are not counted."
             )
         )
+    if asked.cache is not None:
+        found.append(f"What keys and values in {asked.cache} cost is not among the losses: measure that, too.")
     if device.note:
         found.append(f"{device.name}: {device.note}")
     return found

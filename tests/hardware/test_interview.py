@@ -74,6 +74,13 @@ def test_wrong_answers_are_told_and_asked_again(tmp_path: Path) -> None:
         assert words in said
 
 
+def test_the_memory_of_a_cpu_is_asked_for() -> None:
+    script = Script(None, "xeon-8480", "0", "512")
+    config = ask_constraints(script.ask, script.say, check, device=LOCAL)
+    assert (config.device, config.memory) == ("xeon-8480", 512)
+    assert len(script.complaints) == 1
+
+
 def test_the_local_device_may_be_the_answer() -> None:
     script = Script(None, LOCAL)
     assert ask_constraints(script.ask, script.say, check, device="h100-sxm").device is None

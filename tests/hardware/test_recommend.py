@@ -162,6 +162,8 @@ def test_the_cache_counts() -> None:
     same = next(option for option in eight.options if option.candidate == first.candidate)
     assert same.memory.cache < 0.6 * first.memory.cache
     assert same.decode.total < first.decode.total
+    assert any("keys and values in int8:token" in caveat for caveat in eight.caveats)
+    assert not any("keys and values" in caveat for caveat in floats.caveats)
     assert memory(LLAMA70, dataclasses.replace(_numerics(first)), load).total == pytest.approx(first.memory.total)
 
 
