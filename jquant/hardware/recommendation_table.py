@@ -49,7 +49,7 @@ def _options(found: Recommendation) -> Table:
             title, justify="left" if words or title == "in" else "right", no_wrap=not words, overflow="fold"
         )
     for option in found.options:
-        row = [str(option.candidate), f"{option.bits_per_weight:.3g}", f"{option.memory.total / 1e9:.1f}"]
+        row = [str(option.candidate), f"{option.bits_per_weight:.3g}", _gigabytes(option.memory.total)]
         row += [str(option.batch)] if throughput else []
         row += ["?" if option.prefill is None else _seconds(option.prefill.total), f"{1e3 * option.decode.total:.3g}"]
         row += [f"{option.tokens_per_second:,.3g}" if option.tokens_per_second < 1000 else _thousands(option)]
@@ -92,6 +92,10 @@ def _bound(bound: str) -> str:
 
 def _seconds(value: float) -> str:
     return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.1f}" if value >= 1e10 else f"{value / 1e9:.2f}"
 
 
 def _thousands(option: Option) -> str:
