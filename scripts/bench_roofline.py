@@ -8,10 +8,10 @@ Measures the device (a copy, products of matrices), predicts from that and from 
 `generate` reads prompts in pieces of 64 tokens and keeps a cache of a multiple of 256 positions, all of which it reads:
 the prediction is of that, with the pieces; the cache's padding is part of what the ratio shows.
 
-CPU (2 cores of an AMD EPYC beside another process, jax 0.10.2, 2026-11-25): the demo in float32, 512 prompt tokens,
-copy 36 GB/s, 0.107e12 operations/s: prefill 1.10 s predicted, 2.00 s measured, ratio 1.8; a token 15 ms predicted,
-60 ms measured, ratio 4.0. Of those 60 ms 17 go to launching the blocks' programs (as many blocks of width 32 take that
-long), and XLA reads a matrix that meets one row at 19 to 27 GB/s.
+CPU (2 cores of an AMD EPYC, else idle, jax 0.10.2, 2026-11-25): the demo in float32, 512 prompt tokens; copy 49 to
+52 GB/s, 0.22e12 operations/s. Prefill 0.55 s predicted, 1.24 s measured, ratio 2.3; a token 11 ms predicted, 41 to 43 ms
+measured, ratio 3.6 to 3.9. Of those 41 ms some 15 go to launching the blocks' programs (as many blocks of width 32 take
+that long) and 18 to reading the weights at 30 GB/s, which is what XLA reaches for a matrix that meets one row.
 """
 
 from __future__ import annotations

@@ -353,8 +353,8 @@ def _device_caveats(asked: Constraints) -> list[str]:
     if device.name.startswith("local"):
         found = ["Times are least times, from the bandwidth and rates that were measured here."]
     found[0] += (
-        " Our own decoder on two CPU cores takes 1.8 times as long to prefill and 4 times as long to decode the demo "
-        "(scripts/bench_roofline.py)."
+        " Our own decoder on two CPU cores takes 2.3 times as long to prefill and 3.8 times as long to decode the "
+        "demo (scripts/bench_roofline.py)."
     )
     if device.rate(device.float_format) is None:
         found.append(
