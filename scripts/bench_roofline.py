@@ -9,9 +9,9 @@ Measures the device (a copy, products of matrices), predicts from that and from 
 the prediction is of that, with the pieces; the cache's padding is part of what the ratio shows.
 
 CPU (2 cores of an AMD EPYC, else idle, jax 0.10.2, 2026-11-25): the demo in float32, 512 prompt tokens; copy 49 to
-52 GB/s, 0.22e12 operations/s. Prefill 0.55 s predicted, 1.24 s measured, ratio 2.3; a token 11 ms predicted, 41 to 43 ms
-measured, ratio 3.6 to 3.9. Of those 41 ms some 15 go to launching the blocks' programs (as many blocks of width 32 take
-that long) and 18 to reading the weights at 30 GB/s, which is what XLA reaches for a matrix that meets one row.
+52 GB/s, 0.22e12 operations/s. Prefill 0.55 s predicted, 1.24 s measured, ratio 2.3; a token 11 ms predicted, 41 to
+43 ms measured, ratio 3.6 to 3.9. Of those 41 ms some 15 go to launching the blocks' programs (as many blocks of width
+32 take that long) and 18 to reading the weights at 30 GB/s, which is what XLA reaches for a matrix that meets one row.
 """
 
 from __future__ import annotations

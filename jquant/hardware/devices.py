@@ -190,9 +190,7 @@ _A100 = _source("NVIDIA A100 Tensor Core GPU data sheet", "2021-06")
 _GH100 = _source("NVIDIA H100 Tensor Core GPU Architecture, table 3", "2022")
 _H100 = _source("NVIDIA H100 Tensor Core GPU data sheet", "2023")
 _H200 = _source("NVIDIA H200 Tensor Core GPU data sheet, halved where with sparsity", "2024")
-_DGX_B200 = _source("NVIDIA DGX B200 data sheet, an eighth of 8 cards", "2024")
-_HGX_B200 = _source("NVIDIA Blackwell Architecture Technical Brief, HGX B200, halved where with sparsity", "2024")
-_GB200 = _source("NVIDIA GB200 NVL72 data sheet, a 72nd, halved where with sparsity", "2025")
+_BLACKWELL = _source("NVIDIA Blackwell data sheet, GB200 NVL72 and HGX B200, halved where with sparsity", "2025")
 _A10 = _source("NVIDIA A10 Tensor Core GPU data sheet", "2021")
 _L4 = _source("NVIDIA L4 Tensor Core GPU data sheet, halved where with sparsity", "2023")
 _L40S = _source("NVIDIA L40S data sheet", "2023")
@@ -290,15 +288,15 @@ _ROWS = (
         rates={"fp32": (67, _H200), "bf16": 989.5, "fp16": 989.5, "fp8": 1979, "int8": 1979},
     ),
     _device(
-        "b200", "NVIDIA Blackwell", "gpu", _HGX_B200,
-        memory=(180, _DGX_B200), bandwidth=(8000, _DGX_B200), link=900, note=_NO_INT4, seen_as=("nvidia b200",),
+        "b200", "NVIDIA Blackwell", "gpu", _BLACKWELL,
+        memory=180, bandwidth=7700, link=900, note=_NO_INT4, seen_as=("nvidia b200",),
         rates={
-            "fp32": None, "bf16": 2250, "fp16": 2250, "fp8": 4500, "int8": 4500, "mxfp8": 4500, "mxfp6": 4500,
+            "fp32": 75, "bf16": 2250, "fp16": 2250, "fp8": 4500, "int8": 4500, "mxfp8": 4500, "mxfp6": 4500,
             "mxfp4": 9000, "nvfp4": 9000,
         },
     ),
     _device(
-        "gb200", "NVIDIA Blackwell", "gpu", _GB200,
+        "gb200", "NVIDIA Blackwell", "gpu", _BLACKWELL,
         memory=186, bandwidth=8000, link=900, note=f"One GPU of the superchip, which has two. {_NO_INT4}",
         rates={
             "fp32": 80, "bf16": 2500, "fp16": 2500, "fp8": 5000, "int8": 5000, "mxfp8": 5000, "mxfp6": 5000,

@@ -130,7 +130,7 @@ def test_json_has_source_and_date_of_each_figure() -> None:
         "source": "NVIDIA H100 Tensor Core GPU Architecture, table 3",
         "date": "2022",
     }
-    assert find_device("b200").as_json()["rates_tera"]["fp32"] is None
+    assert find_device("l4").as_json()["rates_tera"]["int4"] is None
 
 
 def test_measuring_on_this_device() -> None:
