@@ -17,6 +17,7 @@ import tyro
 from jquant.config_file import read_config_file
 from jquant.core.errors import InputError
 from jquant.evaluation.config import EvalConfig
+from jquant.evaluation.diagnose_config import DiagnoseConfig
 from jquant.evaluation.validate_config import ValidateConfig
 from jquant.hardware.advise_config import AdviseConfig
 from jquant.hardware.recommend_config import HardwareConfig, RecommendConfig
@@ -229,6 +230,18 @@ def _validate(config: ValidateConfig) -> int:
     if config.out is not None:
         print(f"Written to {config.out}: validation.json, validation.md, validation.html")
     return 0 if validation.passed else 1
+
+
+def _diagnose(config: DiagnoseConfig) -> None:
+    from jquant.diagnosis_run import run_diagnosis
+    from jquant.evaluation.diagnosis_report import to_text
+
+    with _stages() as listen:
+        found = run_diagnosis(config, listen)
+    print(to_text(found))
+    for written in (config.recipe_out, None if config.out is None else config.out / "diagnosis.html"):
+        if written is not None:
+            print(f"Written: {written}")
 
 
 def _print_tasks(results: Any) -> None:
@@ -516,6 +529,7 @@ def _advise(config: AdviseConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "eval": (EvalConfig, _eval),
     "validate": (ValidateConfig, _validate),
+    "diagnose": (DiagnoseConfig, _diagnose),
     "sweep": (SweepConfig, _sweep),
     "quantize": (QuantizeConfig, _quantize),
     "qat": (QATCommand, _qat),

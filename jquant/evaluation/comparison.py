@@ -71,9 +71,8 @@ def compare_text(
     for index, (tokens, _) in enumerate(batches_of(windows, batch)):
         hidden = hidden_states(model, tokens)
         heads = nnx.split(model.head), nnx.split(reference.head)
-        found = compare_positions(
-            heads[0][0], heads[1][0], heads[0][1], heads[1][1], hidden, reference.hidden[index], tokens
-        )
+        both = heads[0][0], heads[1][0], heads[0][1], heads[1][1]
+        found = _compare(*both, hidden, reference.hidden[index], tokens)
         parts.append(jax.device_get(found))
         if progress is not None:
             progress(min((index + 1) * batch, len(windows.tokens)))
@@ -161,7 +160,7 @@ def _short(value: Any) -> str:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def compare_positions(
+def _compare(
     graphdef: nnx.GraphDef,
     other_graphdef: nnx.GraphDef,
     state: nnx.State,
