@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jquant.benchmark_run import benchmark as benchmark
     from jquant.core.errors import InputError as InputError
     from jquant.core.formats import Codebook as Codebook
     from jquant.core.formats import Float as Float
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from jquant.data.blocks import sample_blocks as sample_blocks
     from jquant.data.blocks import text_windows as text_windows
     from jquant.data.text import load_text as load_text
+    from jquant.diagnosis_run import run_diagnosis as run_diagnosis
     from jquant.evaluation.divergence import divergence as divergence
     from jquant.evaluation.perplexity import perplexity as perplexity
     from jquant.evaluation.scoring import evaluate as evaluate
     from jquant.evaluation.scoring import prepare_reference as prepare_reference
+    from jquant.evaluation.validate import validate as validate
     from jquant.models.checkpoint import load_model as load_model
     from jquant.models.checkpoint import load_tokenizer as load_tokenizer
     from jquant.models.checkpoint import open_checkpoint as open_checkpoint
@@ -48,9 +51,14 @@ if TYPE_CHECKING:
     from jquant.quantization_run import quantize_checkpoint as quantize_checkpoint
     from jquant.sweep.config import SweepConfig as SweepConfig
     from jquant.sweep.run import run_sweep as run_sweep
+    from jquant.validation_run import run_validation as run_validation
 
 # Where each public name lives; it is imported when it is first used, so that `import jquant` costs nothing.
 _HOME = {
+    "benchmark": "benchmark_run",
+    "run_diagnosis": "diagnosis_run",
+    "run_validation": "validation_run",
+    "validate": "evaluation.validate",
     "InputError": "core.errors",
     "Codebook": "core.formats",
     "Float": "core.formats",
