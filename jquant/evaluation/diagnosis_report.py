@@ -34,6 +34,9 @@ def to_text(diagnosis: Diagnosis) -> str:
             f"  {each.scheme:20} {each.bits_per_weight:6.3f} bits  {each.kl:8.4f}  {_per_bit(each.per_bit, index)}"
             for index, each in enumerate(diagnosis.variants)
         ]
+        best = max(diagnosis.variants[1:], key=lambda each: each.per_bit, default=None)
+        if best is not None and best.per_bit > 0:
+            lines.append(f"  Of these {best.scheme} gains most for its bits.")
     if diagnosis.moves:
         lines += ["", "Single layers worth most for their bits"]
         lines += [

@@ -7,12 +7,15 @@ import pytest
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
-from jquant.data.blocks import windows
+from jquant.data.blocks import text_windows, windows
+from jquant.data.text import load_text
 from jquant.evaluation import sensitivity
+from jquant.evaluation.allocate import allocate
 from jquant.evaluation.divergence import divergence
 from jquant.evaluation.outliers import outliers
 from jquant.evaluation.perplexity import perplexity
-from jquant.evaluation.sensitivity import by_scheme, float_pass, mixed, sensitivities, uniform
+from jquant.evaluation.sensitivity import block_layers, by_scheme, float_pass, mixed, sensitivities, uniform
+from jquant.models.checkpoint import load_model, load_tokenizer
 from jquant.nn import protocol
 from jquant.nn.surgery import module_at
 from jquant.ptq.rtn import quantize_layers
@@ -82,3 +85,22 @@ def test_what_cannot_be_measured_is_said() -> None:
     float_model = tiny_model()
     with pytest.raises(InputError, match=r"layer blocks\.0\.attn\.k_proj: "):
         list(sensitivities(float_model, float_pass(float_model, CUT), [scheme("int4:g128")]))
+
+
+@pytest.mark.slow
+def test_mixed_precision_beats_uniform_at_equal_size_on_text_it_did_not_see() -> None:
+    """SmolLM2, its down_proj, where the loss sits. The sum of single losses is near what all cost at once."""
+    model, tokenizer = load_model("demo"), load_tokenizer("demo")
+    seen, unseen = (
+        text_windows(load_text(name), tokenizer, window=64, limit=2) for name in ("pydoc:calibration", "pydoc")
+    )
+    passed, held_out = float_pass(model, seen), float_pass(model, unseen)
+    layers = [path for path in block_layers(model) if path.endswith("down_proj")]
+    specs = [scheme(f"int{bits}:g64:fp16") for bits in (3, 4, 5)]
+    chosen = allocate(list(sensitivities(model, passed, specs, layers=layers)), 4.25)
+    assert 4.24 < chosen.bits_per_weight <= 4.25
+    assert len(set(chosen.schemes.values())) > 1
+    schemes = {path: scheme(spec) for path, spec in chosen.schemes.items()}
+    mixture, even = (mixed(model, held_out, each)[0] for each in (schemes, dict.fromkeys(layers, specs[1])))
+    assert mixture < 0.85 * even
+    assert mixed(model, passed, schemes)[0] == pytest.approx(chosen.predicted, rel=0.3)
