@@ -365,12 +365,13 @@ def _metric_name(metric: str, filter_name: str) -> str:
 
 
 def _answer(sample: Mapping[str, Any]) -> Any:
-    """The index of the likeliest choice, or what was generated."""
+    """The index of the likeliest choice, or what was generated, before filters take an answer out of it."""
     responses = sample["filtered_resps"]
     if responses and isinstance(responses[0], tuple | list) and len(responses[0]) == 2:
         logs = [float(response[0]) for response in responses]
         return max(range(len(logs)), key=logs.__getitem__)
-    return responses[0] if len(responses) == 1 else responses
+    generated = [text for texts in sample["resps"] for text in texts]
+    return generated[0] if len(generated) == 1 else generated
 
 
 @contextlib.contextmanager
