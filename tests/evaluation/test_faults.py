@@ -88,6 +88,19 @@ def test_a_planted_layer_is_named_with_its_cause(path: str, change: Any, cause: 
     assert said in found.said
 
 
+def test_errors_in_silent_inputs_are_a_methods_choice() -> None:
+    """As GPTQ leaves them, which asks what a column's input is: far more than rounding costs, and no fault."""
+
+    def compensated(weight: jax.Array) -> jax.Array:
+        return weight.at[:, 5:11].add(1.2 * jnp.std(weight) * jax.random.normal(jax.random.key(1), (len(weight), 6)))
+
+    model = _plant("blocks.1.mlp.down_proj", compensated)
+    layer: Any = model.blocks[1].mlp.down_proj
+    original: Any = tiny_model().blocks[1].mlp.down_proj.weight.get_value()
+    assert float(faults._error(original, faults._plain(layer.weight.get_value()))) > 0.06
+    assert weight_faults(model, tiny_model(), head_dim=16) == []
+
+
 def test_zeroed_scales_show_without_a_reference() -> None:
     """No NaN anywhere: the layer decodes to zeros, and the model still speaks."""
     model = _quantized()
