@@ -92,6 +92,8 @@ def export(
     kind = "float32" if dtype is None else str(np.dtype(dtype))
     description = config_to_hf(config, dtype=kind)  # what it has no field for shows before anything is written
     placements, written = hf_placements(config.architecture), _Written()
+    if config.tie_embeddings:  # clients have a layer there all the same
+        written.kept.append(placements["head.lm_head.weight"].tensor.removesuffix(".weight"))
     streamed = StreamedModel(checkpoint)
     try:
         with appearing_folder(path) as folder:

@@ -23,7 +23,7 @@ from jquant.models.export import export
 from jquant.models.save import save
 from jquant.nn.install import tensors_of
 from jquant.ptq.rtn import quantize_layers
-from tests.tiny_checkpoint import byte_tokenizer, tiny_model
+from tests.tiny_checkpoint import CONFIG, byte_tokenizer, tiny_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOKENS = jnp.arange(24).reshape(2, 12)
@@ -111,6 +111,20 @@ def test_joined_projections(format: str, spec: str, tmp_path: Path) -> None:
     assert any("k_proj" in name for name in packed)
     for name in packed:
         _assert_same(mine[name], other[name])
+
+
+@pytest.mark.parametrize(
+    ("format", "spec", "where"),
+    [("compressed-tensors", "int4:g32", "ignore"), ("bitsandbytes", "nf4:g32", "llm_int8_skip_modules")],
+)
+def test_a_tied_head_is_named_as_kept(format: str, spec: str, where: str, tmp_path: Path) -> None:
+    """Clients have a layer lm_head even where its weight is the embedding's, and would pack it."""
+    model = Decoder(dataclasses.replace(CONFIG, tie_embeddings=True), rngs=nnx.Rngs(0))
+    quantize_layers(model, scheme(spec))
+    export(open_checkpoint(_saved(model, tmp_path / "native")), tmp_path / "out", format=format)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said[where] == ["lm_head"]
+    assert np.array_equal(_logits(open_checkpoint(tmp_path / "out").model()), _logits(model))
 
 
 def test_parts_of_a_joined_projection_must_be_alike(tmp_path: Path) -> None:
