@@ -6,12 +6,14 @@
 Differences are the largest over all logits, relative to the largest logit. Where inputs are quantized, a value next to
 a tie rounds as the last bits of what comes before it fall, and one code shows in the logits: the bar is wider there.
 bitsandbytes multiplies 4-bit weights in bfloat16 on CPU, so there its own decoded weights are compared with ours
-instead. GPTQ and AWQ need gptqmodel, which compiles for minutes when it first runs.
+instead. llama.cpp rounds inputs to 8 bits wherever weights are blocks: only of a float file are its logits those of
+exact arithmetic. GPTQ and AWQ need gptqmodel, which compiles for minutes when it first runs.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from llama_cpp import LlamaCpp, perplexity
 from transformers import AutoModelForCausalLM
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -32,6 +35,8 @@ BARS = {
     "awq": 2e-3,
 }
 QUANTIZED_INPUTS = 5e-2
+LLAMA_CPP = 6e-2  # of random weights: it rounds the inputs of every product to 8 bits
+PERPLEXITY = 5e-3  # beside ours with inputs rounded as it rounds them
 CLIENTS = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "gptq_v2": "gptqmodel", "awq": "gptqmodel"}
 
 
@@ -48,27 +53,68 @@ def main() -> int:
         if client is not None and not _installed(client):
             print(f"{case.name:60} {client} is not installed: not checked")
             continue
-        difference = _difference(case, format)
         bar = QUANTIZED_INPUTS if case.name.count("-") > 3 and format == "compressed-tensors" else BARS[format]
-        passed = difference <= bar
-        failed += not passed
-        print(f"{case.name:60} {difference:.1e}  {'' if passed else 'above ' + str(bar)}", flush=True)
-    names = ("transformers", "torch", "compressed-tensors", "bitsandbytes", "gguf", "gptqmodel")
+        failed += _judge(case.name, _difference(case, format), bar)
+        if format == "gguf":
+            failed += _judge(f"{case.name}, llama.cpp", _llama_cpp_difference(case), LLAMA_CPP)
+    if not wanted or "gguf" in wanted:
+        for case in sorted(path for path in folder.iterdir() if (path / "said.json").exists()):
+            failed += _whole_model(case)
+        failed += _sentencepiece(folder / "sentencepiece")
+    names = ("transformers", "torch", "compressed-tensors", "bitsandbytes", "gguf", "gptqmodel", "xllamacpp")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if _installed(name)))
     return 1 if failed else 0
 
 
+def _judge(name: str, difference: float, bar: float) -> bool:
+    """Prints the difference; whether it is above the bar."""
+    print(f"{name:60} {difference:.1e}  {'' if difference <= bar else f'above {bar}'}", flush=True)
+    return difference > bar
+
+
 def _difference(case: Path, format: str) -> float:
     options: dict[str, Any] = {"gguf_file": "model.gguf"} if format == "gguf" else {}
-    model = AutoModelForCausalLM.from_pretrained(case, dtype=torch.float32, **options)
+    folder = case / "model" if (case / "model").is_dir() else case
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     decoded = _decoded_difference(case, model) if format == "bitsandbytes" else None  # a forward pass packs them anew
+    tokens = torch.from_numpy(np.load(case / "tokens.npy")).long() if (case / "tokens.npy").exists() else TOKENS
     with torch.no_grad():
-        theirs = model(TOKENS).logits.float().numpy()
+        theirs = model(tokens).logits.float().numpy()
     model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
-    if decoded is not None:
-        return decoded
+    return _relative(theirs, case) if decoded is None else decoded
+
+
+def _relative(theirs: np.ndarray, case: Path) -> float:
     ours = np.load(case / "logits.npy")
     return float(np.abs(theirs - ours).max() / np.abs(ours).max())
+
+
+def _llama_cpp_difference(case: Path) -> float:
+    model = LlamaCpp(case / "model.gguf")
+    return _relative(np.stack([model.logits(row) for row in TOKENS.numpy()]), case)
+
+
+def _whole_model(case: Path) -> int:
+    """Perplexity and greedy tokens of llama.cpp beside ours."""
+    said, model = json.loads((case / "said.json").read_text()), LlamaCpp(case / "model.gguf")
+    theirs = perplexity(model, np.load(case / "windows.npy"))
+    difference = theirs / said["perplexity_as_llama_cpp"] - 1
+    failed = _judge(f"{case.name}, llama.cpp's perplexity", abs(difference), PERPLEXITY)
+    print(f"{'  and with our inputs in floats':60} {abs(theirs / said['perplexity'] - 1):.1e}")
+    same = model.greedy(said["prompt"], 32) == said["greedy"]
+    print(f"{case.name + ', 32 greedy tokens':60} {'the same' if same else 'others'}", flush=True)
+    return failed + (not same)
+
+
+def _sentencepiece(case: Path) -> int:
+    """llama.cpp's own tokenizer on texts, beside ours."""
+    said, model = json.loads((case / "tokens.json").read_text()), LlamaCpp(case / "model.gguf")
+    ids = [model.encode(text) for text in said["texts"]]
+    others = [text for text, mine, other in zip(said["texts"], said["ids"], ids, strict=True) if mine != other]
+    print(
+        f"{case.name + ', ids of ' + str(len(ids)) + ' texts':60} {len(others)} differ {others[:3] if others else ''}"
+    )
+    return len(others) > 0
 
 
 def _decoded_difference(case: Path, model: Any) -> float:

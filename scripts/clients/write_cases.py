@@ -6,6 +6,7 @@ python scripts/clients/write_cases.py DIR
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -16,12 +17,21 @@ from flax import nnx
 from jquant import qat
 from jquant.core.qtensor import quantize
 from jquant.core.scheme import scheme
+from jquant.data.blocks import text_windows
+from jquant.data.text import load_text
+from jquant.evaluation.perplexity import perplexity
+from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 from jquant.models.checkpoint import open_checkpoint
 from jquant.models.decoder import Decoder
 from jquant.models.export import export
+from jquant.models.generate import generate
 from jquant.models.gguf_export import export_gguf
 from jquant.models.save import save
+from jquant.nn.matrices import layer_shapes
+from jquant.ptq.presets import find_recipe
+from jquant.ptq.recipe import one_rule
 from jquant.ptq.rtn import quantize_layers
+from jquant.quantization_run import quantize_checkpoint
 from tests.tiny_checkpoint import CONFIG, byte_tokenizer, tiny_model
 
 TOKENS = jnp.arange(24).reshape(2, 12)
@@ -77,6 +87,84 @@ def main() -> None:
             else:
                 export(checkpoint, folder / name, format=format)
             np.save(folder / name / "logits.npy", _logits(model))
+    write_float(folder)
+    write_sentencepiece(folder)
+    write_smollm2(folder)
+
+
+def write_sentencepiece(folder: Path) -> None:
+    """A GGUF with SentencePiece's tokenizer, and the ids that texts have by it here."""
+    golden = json.loads((Path(__file__).parents[2] / "tests" / "goldens" / "tokenizer_spm.json").read_text())
+    said = golden["models"]["llama"]
+    kinds = {"scores": np.float32, "token_type": np.int32}
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_bos_token": False}
+    metadata |= {
+        f"tokenizer.ggml.{name}": np.array(value, kinds[name]) if name in kinds else value
+        for name, value in said.items()
+        if name not in ("ids", "decoded") and value is not None
+    }
+    tokenizer = tokenizer_from_gguf(metadata)
+    model = Decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size), rngs=nnx.Rngs(0))
+    save(model, folder / "native" / "sentencepiece", tokenizer=tokenizer)
+    path = folder / "sentencepiece"
+    export(folder / "native" / "sentencepiece", path / "model.gguf", format="gguf")
+    texts = [text for text in golden["texts"] if text and "\0" not in text]
+    ids = [tokenizer.encode(text).tolist() for text in texts]
+    (path / "tokens.json").write_text(json.dumps({"texts": texts, "ids": ids}), encoding="utf-8")
+
+
+def write_smollm2(folder: Path) -> None:
+    """The demo model: at 4 bits for transformers, and for llama.cpp with our perplexity and 32 greedy tokens."""
+    demo, source = open_checkpoint("demo"), folder / "native"
+    tokenizer = demo.tokenizer()
+    windows = text_windows(load_text("pydoc"), tokenizer, window=512, limit=4)
+    prompt = tokenizer.encode("The capital of France is")
+    for name, recipe, format in (
+        ("smollm2-compressed-tensors-int4_g64", one_rule("rtn", "int4:g64"), "compressed-tensors"),
+        ("smollm2-gguf-f16", None, "gguf"),
+        ("smollm2-gguf-q8_0", one_rule("rtn", "q8_0"), "gguf"),
+        ("smollm2-gguf-q4_k_m", find_recipe("q4_k_m", layer_shapes(demo.abstract())), "gguf"),
+    ):
+        (folder / name).mkdir()
+        if recipe is not None:
+            quantize_checkpoint(demo, recipe, source / name)
+        out = folder / name / "model.gguf" if format == "gguf" else folder / name / "model"
+        if recipe is None:
+            export_gguf(demo, out, dtype="float16")
+        else:
+            export(source / name, out, format=format)
+        model = open_checkpoint(out).packed().model()
+        if format == "gguf":
+            greedy = [int(token) for token in generate(model, prompt, max_tokens=32)]
+            said = {"prompt": prompt.tolist(), "greedy": greedy, "perplexity": perplexity(model, windows).value}
+            said["perplexity_as_llama_cpp"] = said["perplexity"]
+            if recipe is not None:
+                said["perplexity_as_llama_cpp"] = perplexity(_inputs_in_8_bits(out), windows).value
+            (folder / name / "said.json").write_text(json.dumps(said), encoding="utf-8")
+            np.save(folder / name / "windows.npy", windows.tokens)
+        else:
+            tokens = windows.tokens[:1, :64]
+            np.save(folder / name / "tokens.npy", tokens)
+            logits = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens))
+            np.save(folder / name / "logits.npy", logits)
+
+
+def write_float(folder: Path) -> None:
+    """Float weights for `write_theirs.py`, with rows of whole blocks of 64."""
+    model = Decoder(dataclasses.replace(CONFIG, intermediate_size=128), rngs=nnx.Rngs(0))
+    save(model, folder / "native" / "tiny_model-float", tokenizer=byte_tokenizer())
+    export(folder / "native" / "tiny_model-float", folder / "tiny_model-float", format="hf")
+
+
+def _inputs_in_8_bits(path: Path) -> Decoder:
+    """The model with the inputs of its blocks' layers rounded as llama.cpp rounds them where weights are blocks.
+
+    Of most block types Q8_0: groups of 32, −127 … 127, scales in float16. K types round 256 together, and the head's
+    inputs are rounded too; what is left between the two perplexities is that, and llama.cpp's cache in float16.
+    """
+    checkpoint = open_checkpoint(path).packed()
+    layers = [path.removesuffix(".weight") for path in checkpoint.readers if path.endswith("_proj.weight")]
+    return dataclasses.replace(checkpoint, activations=dict.fromkeys(layers, "int8:g32:restricted:fp16")).model()
 
 
 def _logits(model: Decoder) -> np.ndarray:
