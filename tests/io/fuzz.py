@@ -269,7 +269,7 @@ def read_checkpoint(path: Path) -> str:
 
     from jquant.models.checkpoint import open_checkpoint
 
-    model = open_checkpoint(path).model()
+    model = open_checkpoint(path).packed().model()
     for value in nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves:
         assert np.isfinite(np.asarray(value.get_value())).all()
     return "model"
@@ -283,9 +283,11 @@ FOLDERS = ("llama_a", "llama_b", *(f"family_{name}" for name in ("gemma3_text", 
 
 @cache
 def make_seed(name: str) -> Seed:
-    """By its name: FILE.gguf, FILE.safetensors, tokenizer.json, or a checkpoint."""
+    """By its name: FILE.gguf, FILE.safetensors, tokenizer.json, a checkpoint, or a packed export."""
     if name == "tokenizer.json":
         return _folder(_tokenizer_files(), read_tokenizer)
+    if name.startswith("packed "):
+        return _folder(_packed_files(name.removeprefix("packed ")), read_checkpoint, MEMORY + JAX_MEMORY)
     if name.startswith("checkpoint "):
         return _checkpoint(name.removeprefix("checkpoint "))
     stem, _, suffix = name.rpartition(".")
@@ -333,6 +335,23 @@ def _folder(files: Files, read: Callable[[Path], str], memory: int = MEMORY) -> 
         for mutator in (*structured, mutations.flip, mutations.cut):
             chosen.append((mutator.__name__, on_file(mutator, name)))
     return Seed(files=files, mutators=tuple(chosen), read=read, memory=memory)
+
+
+def _packed_files(spec: str) -> Files:
+    """A folder that `export` writes, of a small model: FORMAT SCHEME."""
+    from jquant.core.scheme import scheme
+    from jquant.models.export import export
+    from jquant.models.save import save
+    from jquant.ptq.rtn import quantize_layers
+    from tests.tiny_checkpoint import byte_tokenizer, tiny_model
+
+    format, _, weights = spec.partition(" ")
+    model = tiny_model()
+    quantize_layers(model, scheme(weights))
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, f"{folder}/native", tokenizer=byte_tokenizer())
+        export(f"{folder}/native", f"{folder}/out", format=format)
+        return {name: Path(folder, "out", name).read_bytes() for name in ("config.json", "model.safetensors")}
 
 
 def _checkpoint(name: str) -> Seed:

@@ -32,6 +32,11 @@ READERS = (  # seeds, and their share of the cases
 )
 FOLDERS = ("llama_a", "llama_b", *(f"family_{name}" for name in ("mixtral", "gpt2", "gemma3_text", "opt", "phi3")))
 FAMILIES = ("llama", "qwen2", "qwen3moe", "gemma2", "gemma3", "phi3", "gpt2")  # as GGUF calls them
+PACKED = (  # exports
+    *("packed compressed-tensors int4:g32:asym", "packed compressed-tensors fp8_e4m3:channel"),
+    *("packed compressed-tensors nvfp4", "packed gptq int4:g32:fp16", "packed awq int4:g32:asym:fp16"),
+    "packed bitsandbytes nf4:g32:dq",
+)
 CHECKPOINTS = tuple(f"checkpoint {name}" for name in (*FOLDERS, "llama_b.gguf", *FAMILIES))
 
 
@@ -100,9 +105,16 @@ def test_damaged_checkpoints_give_a_model_or_a_typed_error():
     assert len(records) == 105
 
 
+def test_damaged_exports_give_a_model_or_a_typed_error():
+    records = run(f"{name}:0:12" for name in PACKED)
+    assert len(records) == 72
+    both_ends(records)
+
+
 @pytest.mark.slow
 def test_twenty_thousand_damaged_files(capsys):
     cases = {name: 620 * share for name, share in READERS} | dict.fromkeys(CHECKPOINTS, 100) | {"demo.gguf": 100}
+    cases |= dict.fromkeys(PACKED, 100)
     records = halves(cases)
     assert len(records) == sum(cases.values()) >= 20_000
     both_ends(records)
