@@ -108,7 +108,7 @@ def test_damaged_checkpoints_give_a_model_or_a_typed_error():
 def test_damaged_exports_give_a_model_or_a_typed_error():
     records = run(f"{name}:0:12" for name in PACKED)
     assert len(records) == 72
-    both_ends(records)
+    assert {record[3] for record in records} == {"model", "error"}
 
 
 @pytest.mark.slow
