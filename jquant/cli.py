@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -26,6 +26,10 @@ from jquant.models.generate_config import GenerateConfig
 from jquant.ptq.config import QuantizeConfig
 from jquant.qat.command import QATCommand
 from jquant.sweep.config import SweepConfig
+
+if TYPE_CHECKING:
+    from jquant.data.text import Text
+    from jquant.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +142,7 @@ def _eval(config: EvalConfig) -> None:
     checkpoint = open_checkpoint(config.model)
     if schemes is None:
         checkpoint = checkpoint.packed()
-    if checkpoint.calibration_sha256 == text.sha256:
-        raise InputError(
-            f"{config.model} was calibrated on the text {text.name}: its perplexity there says nothing; give another"
-        )
+    _refuse_calibration_text(checkpoint, text)
     windows = text_windows(
         text, checkpoint.tokenizer(), window=config.window, stride=config.stride, limit=config.windows
     )
@@ -256,6 +257,13 @@ def _print_tasks(results: Any) -> None:
             stderr = result.stderr.get(metric, math.nan)
             table.add_row(*start, metric, f"{score:.4f}", "" if math.isnan(stderr) else f"{stderr:.4f}")
     _console().print(table)
+
+
+def _refuse_calibration_text(checkpoint: Checkpoint, text: Text) -> None:
+    if checkpoint.calibration_sha256 == text.sha256:
+        raise InputError(
+            f"{checkpoint.name} was calibrated on the text {text.name}: its perplexity there says nothing; give another"
+        )
 
 
 def _sweep(config: SweepConfig) -> None:
@@ -382,14 +390,48 @@ def _qat(config: QATCommand) -> None:
 
 
 def _export(config: ExportConfig | ConvertConfig) -> None:
+    from jquant.models.checkpoint import open_checkpoint
     from jquant.models.export import export
 
     started = time.perf_counter()
     limit = int(config.max_shard_gb * 1e9)
-    export(config.model, config.out, format=config.format, dtype=config.dtype, max_shard_bytes=limit)
+    checkpoint = open_checkpoint(config.model).packed()
+    evaluation = None if config.text is None else _measured_perplexity(checkpoint, config)
+    export(
+        checkpoint,
+        config.out,
+        format=config.format,
+        dtype=config.dtype,
+        max_shard_bytes=limit,
+        evaluation=evaluation,
+    )
     files = list(config.out.iterdir()) if config.out.is_dir() else [config.out]
     size = sum(file.stat().st_size for file in files)
     print(f"{config.out}: {config.format}, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
+
+
+def _measured_perplexity(checkpoint: Checkpoint, config: ExportConfig | ConvertConfig) -> dict[str, str]:
+    """Rows of a model card."""
+    from jquant.data.blocks import text_windows
+    from jquant.data.text import load_text
+    from jquant.evaluation.scoring import evaluate
+    from jquant.io.native import check_new_folder
+
+    if config.format == "gguf":
+        raise InputError("--text with a gguf, which has no model card to say a perplexity in: leave it out")
+    check_new_folder(config.out)
+    assert config.text is not None
+    text = load_text(config.text)
+    _refuse_calibration_text(checkpoint, text)
+    windows = text_windows(text, checkpoint.tokenizer(), window=config.window, limit=config.windows)
+    with _progress(f"evaluating {len(windows.tokens)} windows", len(windows.tokens)) as advance:
+        found = evaluate(checkpoint.model(), windows, batch=_batch(None), progress=advance).perplexity
+    error = "" if math.isnan(found.stderr) else f" ± {found.stderr * found.value:.4f}"  # of one window there is none
+    return {
+        "perplexity": f"{found.value:.4f}{error}",
+        "measured on": f"`{text.name}`, {len(windows.tokens)} windows of {config.window} tokens, text sha256 "
+        f"`{text.sha256}`",
+    }
 
 
 def _generate(config: GenerateConfig) -> None:

@@ -36,6 +36,28 @@ def test_eval_quantize_generate(model: str, tmp_path: Path, capsys: pytest.Captu
     assert "Hello" in capsys.readouterr().out
 
 
+def test_export_and_convert(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    native, exported, again = tmp_path / "q", tmp_path / "gptq", tmp_path / "ct"
+    options = ["--window", "64", "--windows", "3"]
+    assert main(["quantize", model, "--scheme", "int4:g32:fp16", "--out", str(native)]) == 0
+    assert main(["export", str(native), "--format", "gptq", "--text", "pydoc", *options, "--out", str(exported)]) == 0
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    assert main(["convert", str(exported), str(again), "--format", "compressed-tensors"]) == 0
+    found = []
+    for folder in (native, exported, again):
+        assert main(["eval", str(folder), *options, "--json", str(tmp_path / "eval.json")]) == 0
+        found.append(json.loads((tmp_path / "eval.json").read_text())["perplexity"])
+    assert found[0] == found[1] == found[2]
+    assert f"| perplexity | {found[0]:.4f} ± " in card
+    assert "3 windows of 64 tokens" in card
+    capsys.readouterr()
+    words = ["export", model, "--format", "gguf", "--text", "pydoc", "--out", str(tmp_path / "x.gguf")]
+    assert main(words) == 2
+    assert "has no model card" in capsys.readouterr().err
+    assert main(words[:4] + words[6:]) == 0
+    assert main(["eval", str(tmp_path / "x.gguf"), *options]) == 0
+
+
 def test_qat(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, packed = tmp_path / "q", tmp_path / "packed.json"
     words = ["--steps", "3", "--batch", "2", "--window", "32", "--windows", "8", "--learning-rate", "1e-3"]

@@ -13,6 +13,7 @@ a model card, and `jquant_export.json`, which says of every packed tensor what i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,7 @@ def export(
     format: str,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD,
+    evaluation: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint, packed or float, in a format of other tools; the folder appears whole or not at all.
 
@@ -76,6 +78,7 @@ def export(
         format: one of `FORMATS`.
         dtype: of the float weights; by default as they are held.
         max_shard_bytes: of a weight file; more take an index.
+        evaluation: what was measured of it, for the model card and the record: a row each, in words.
 
     Raises:
         InputError: the format cannot hold a layer (the nearest scheme that it can is named), or the model; the folder
@@ -87,6 +90,9 @@ def export(
     if format == "gguf":
         export_gguf(checkpoint, path, dtype="float32" if dtype is None else str(np.dtype(dtype)))
         return
+    if evaluation is not None:
+        provenance = {**checkpoint.provenance, "evaluation": dict(evaluation)}
+        checkpoint = dataclasses.replace(checkpoint, provenance=provenance)
     path, config = Path(path), checkpoint.config
     check_new_folder(path)
     kind = "float32" if dtype is None else str(np.dtype(dtype))

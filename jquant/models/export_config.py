@@ -25,6 +25,13 @@ class _Options:
     max_shard_gb: float = 5.0
     """Weight files larger than this are cut into several, with an index."""
 
+    text: str | None = None
+    """Measures the perplexity on this text and says it in the model card, which a gguf has none of."""
+    window: int = 512
+    """Tokens of its windows."""
+    windows: int = 16
+    """How many."""
+
     def __post_init__(self) -> None:
         if not self.max_shard_gb > 0:
             raise InputError(f"max_shard_gb is {self.max_shard_gb}; it must be positive")

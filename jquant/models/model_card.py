@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import yaml
 
@@ -38,17 +37,10 @@ def model_card(checkpoint: Checkpoint, format: str, schemes: Mapping[str, str]) 
     calibration = said.get("calibration")
     if isinstance(calibration, dict):
         rows += [(f"calibration {name.replace('_', ' ')}", f"`{value}`") for name, value in calibration.items()]
-    for name, value in _figures(said):
-        rows.append((name, f"{value:.4f}"))
+    evaluation = said.get("evaluation")
+    if isinstance(evaluation, dict):
+        rows += [(name, str(value)) for name, value in evaluation.items()]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
     if said.get("recipe"):
         lines += ["Recipe:", "", "```yaml", yaml.safe_dump(said["recipe"], sort_keys=False).rstrip(), "```", ""]
     return "\n".join(lines)
-
-
-def _figures(said: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Perplexities that were measured and recorded."""
-    found = said.get("evaluation")
-    if not isinstance(found, dict):
-        return []
-    return [(name, float(value)) for name, value in found.items() if isinstance(value, int | float)]

@@ -225,6 +225,14 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "out").provenance["source"] == "tiny"
 
 
+def test_what_was_measured_is_in_the_card_and_the_record(tmp_path: Path) -> None:
+    _saved(_quantized("int4:g32"), tmp_path / "native")
+    said = {"perplexity": "12.3456 ± 0.1", "measured on": "`pydoc`"}
+    export(tmp_path / "native", tmp_path / "out", format="compressed-tensors", evaluation=said)
+    assert "| perplexity | 12.3456 ± 0.1 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert open_checkpoint(tmp_path / "out").provenance["evaluation"] == said
+
+
 @pytest.mark.parametrize(
     ("format", "spec", "message"),
     [
