@@ -49,11 +49,20 @@ CASES: tuple[tuple[str, str, str | None], ...] = (
     ("bitsandbytes", "nf4:g32", None),
     ("bitsandbytes", "nf4:g32:dq", None),
     *(("gguf", spec, None) for spec in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")),
-    ("gptq", "int4:g32:fp16", None),
+    *(("gptq", f"int{bits}:g32:fp16", None) for bits in (2, 3, 4, 8)),
     ("gptq", "int4:g32:fp16 act-order", None),
     ("gptq_v2", "int4:g32:asym:fp16", None),
     ("awq", "int4:g32:asym:fp16", None),
 )
+
+
+WIDE = tuple(("gguf", spec, None) for spec in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
+
+
+def wide() -> Decoder:
+    """Rows of whole super-blocks of 256."""
+    config = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=512, head_dim=64)
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 def qwen3() -> Decoder:
@@ -66,8 +75,8 @@ def qwen3() -> Decoder:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    for make in (tiny_model, qwen3):
-        for format, spec, activation in CASES:
+    for make, cases in ((tiny_model, CASES), (qwen3, CASES), (wide, WIDE)):
+        for format, spec, activation in cases:
             model = make()
             if activation is not None:
                 qat.prepare(model, qat.one_rule(spec, activation=activation), announce=lambda _: None)
