@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -11,10 +13,21 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import tests.runtime_types  # noqa: F401  the hook finds it by name
 
+MAPS = 30_000  # at which compiled programs are dropped
 jax.config.update("jax_num_cpu_devices", 8)
 # Rooms whose functions are about arrays: the hook slows every call of what it hooks, loops over labels included.
 ROOMS = ["core", "kernels", "calib", "nn", "models", "ptq", "qat", "evaluation"]
 jaxtyping.install_import_hook([f"jquant.{room}" for room in ROOMS], "tests.runtime_types.shapes_checked")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_dropped() -> Iterator[None]:
+    """A compiled program maps memory some three times, and Linux allows a process 65,530 maps: beyond, XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

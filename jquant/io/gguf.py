@@ -16,12 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jquant.core.errors import InputError
-from jquant.core.formats import GGML_BLOCKS
-from jquant.core.qtensor import QTensor, in_blocks
 from jquant.io.ggml_blocks import BY_ID, BY_NAME, DECODABLE, decode
 from jquant.io.mapped import TensorInfo, aligned_empty, check_disjoint, check_memory, map_file, shown
 
@@ -43,7 +40,6 @@ NUMBERS = {  # enum gguf_type
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-_BLOCKS = {block.name.removeprefix("ggml_").upper(): block for block in GGML_BLOCKS.values()}  # by ggml's name
 _U64 = struct.Struct("<Q")
 ENTRY_MEMORY, STRING_MEMORY = 1024, 64  # bytes in memory, at most: of a field or tensor, of a string in an array
 
@@ -83,20 +79,20 @@ class GGUFFile:
             out = aligned_empty(info.shape, np.dtype(np.float32))
         return decode(block_type, self.raw(name), out=out)
 
-    def read_packed(self, name: str) -> np.ndarray | QTensor:
-        """The tensor with its blocks as they are stored, copied out of the file; floats decoded, as `read` does.
+    def read_blocks(self, name: str) -> np.ndarray:
+        """uint8 [..., rows, bytes]: a tensor's blocks as they are stored, row by row, copied out of the file.
 
         Raises:
-            InputError: no such tensor, or its type has no decoder here.
+            InputError: no such tensor, or its type has no known size.
         """
         info = self._info(name)
-        block = _BLOCKS.get(info.type)
-        if block is None or len(info.shape) < 2:
-            return self.read(name)
-        rows = info.shape[-1] // block.elements * block.nbytes
-        blocks = aligned_empty((*info.shape[:-1], rows), np.dtype(np.uint8))
+        block_type = BY_NAME.get(info.type)
+        if block_type is None or not info.shape:
+            raise InputError(f"{self.path}: tensor {shown(name)} is of {info.type}, which has no rows of known size")
+        row = info.shape[-1] // block_type.elements * block_type.nbytes
+        blocks = aligned_empty((*info.shape[:-1], row), np.dtype(np.uint8))
         np.copyto(blocks, self.raw(name).reshape(blocks.shape))
-        return in_blocks(jnp.asarray(blocks), block, columns=info.shape[-1])
+        return blocks
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -21,7 +21,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor
+from jquant.core.formats import GGML_BLOCKS
+from jquant.core.qtensor import QTensor, in_blocks
 from jquant.core.qtensor_rows import take_rows
 from jquant.core.scheme import Tensor
 from jquant.io import native
@@ -41,6 +42,8 @@ from jquant.nn.install import STATIC, install, tensors_of
 
 Reader = Callable[[], "np.ndarray | QTensor"]
 EXPORT_RECORD = "jquant_export.json"  # in a folder that `export` wrote: what it was made from
+
+_BLOCKS = {block.name.removeprefix("ggml_").upper(): block for block in GGML_BLOCKS.values()}  # by ggml's name
 
 # What can stay packed; a file may have other tensors in blocks too, as a table of positions.
 _PACKABLE = re.compile(r"(_proj|^embed|lm_head)\.weight$")
@@ -248,11 +251,20 @@ def _open_gguf(name: str, path: Path) -> Checkpoint:
         weights_sha256=partial(_sha256, (path,)),
         tokenizer_reader=lambda: tokenizer_from_gguf(file.metadata, source=str(path)),
     )
-    packed = _readers(names, table, file.read_packed, config, path)
+    packed = _readers(names, table, partial(_blocks_or_floats, file), config, path)
     kept = {ours: reader for ours, reader in packed.items() if _PACKABLE.search(ours)}
     note = _gguf_note(file, "read as they are: losses here are theirs, with no comparison")
     form = dataclasses.replace(decoded, note=note, readers=decoded.readers | kept)
     return dataclasses.replace(decoded, packed_form=form)
+
+
+def _blocks_or_floats(file: GGUFFile, name: str) -> np.ndarray | QTensor:
+    """The tensor in the blocks of its file; decoded where it is a vector or no quantized type."""
+    info = file.tensors[name]
+    block = _BLOCKS.get(info.type)
+    if block is None or len(info.shape) < 2:
+        return file.read(name)
+    return in_blocks(jnp.asarray(file.read_blocks(name)), block, columns=info.shape[-1])
 
 
 def _open_hf(name: str, path: Path) -> Checkpoint:
