@@ -66,9 +66,11 @@ def _of_size(billions: float, family: str) -> Published:
     config = nearest.config
     outside = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2) / 1e9
     blocks = max(1, round(config.num_layers * (billions - outside) / (nearest.parameters - outside)))
+    pattern = config.windowed_blocks
+    windowed = tuple(pattern[index % len(pattern)] for index in range(blocks)) if pattern else ()
     return Published(
         name=f"{billions:g}B like {nearest.name}",
-        config=dataclasses.replace(config, num_layers=blocks, windowed_blocks=()),
+        config=dataclasses.replace(config, num_layers=blocks, windowed_blocks=windowed),
         parameters=billions,
         source=f"the sizes of {nearest.name} with {blocks} blocks in place of {config.num_layers}; {nearest.source}",
     )

@@ -75,6 +75,15 @@ def test_a_size_between_is_made_of_blocks_and_says_so() -> None:
     assert "like llama-3-70b" in found.name
 
 
+def test_a_size_between_keeps_which_blocks_look_back_over_a_window_only() -> None:
+    found = find_published("12B", family="gemma-2")
+    assert found is not None
+    assert found.config.num_layers > 42
+    assert found.config.is_windowed()[:4] == (True, False, True, False)
+    shape = model_shape(found.config, name=found.name, source=found.source)
+    assert len(shape.windows) == (shape.num_layers + 1) // 2
+
+
 def test_what_is_neither_name_nor_size() -> None:
     assert find_published("llama-4-70b") is None
     assert "llama-3-70b" in nearest_published("llama-3-71b")
