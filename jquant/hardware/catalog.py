@@ -25,7 +25,7 @@ CDNA3 = "AMD Instinct MI300 CDNA 3 ISA reference, MFMA instructions"
 CDNA4 = "AMD Instinct CDNA 4 ISA reference, MFMA scale instructions"
 INTEL = "Intel 64 and IA-32 SDM, AVX512_VNNI and AMX-INT8"
 ARM = "Arm ARM DDI 0487, FEAT_I8MM"
-TPU = "Google Cloud TPU v5e and v6e system architecture"
+TPU = "Google Cloud TPU v4, v5e and v6e system architecture"
 JAX_TPU = "jax 0.10.2, pallas TPU hardware table"
 GAUDI = "Intel Gaudi 3 AI Accelerator White Paper, 2024"
 OCP_MX = "OCP Microscaling Formats (MX) 1.0, 2023, section 5"
@@ -38,7 +38,7 @@ INT_SOURCE = "Jacob et al., arXiv 1712.05877; compressed-tensors 0.20"
 GGML = "ggml: ggml-common.h and docs/gguf.md, 2025"
 
 _BLACKWELL = "NVIDIA Blackwell"
-_INT8 = ("NVIDIA Turing+", "AMD MI100+", "Intel VNNI/AMX", "Arm i8mm", "TPU v5e, v5p, v6e")
+_INT8 = ("NVIDIA Turing+", "AMD MI100+", "Intel VNNI/AMX", "Arm i8mm", "TPU v4, v5e, v5p, v6e")
 
 
 @dataclass(frozen=True, kw_only=True)

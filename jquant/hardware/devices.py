@@ -60,7 +60,7 @@ class Device:
     rates: Mapping[str, Figure | None]  # 1e12 operations a second by native format; None: not published
     link_gb_s: Figure | None = None  # to its like, one way, all links together
     note: str = ""
-    seen_as: tuple[str, ...] = ()  # beginnings of JAX's device_kind, in lower case, the more special first
+    seen_as: tuple[str, ...] = ()  # JAX's device_kind, in lower case
 
     def native(self, name: str) -> bool:
         """Whether operands in this format, one of RATE_NAMES, are multiplied without decoding."""
@@ -106,10 +106,13 @@ def find_device(name: str) -> Device:
 
 
 def device_of_kind(device_kind: str) -> Device | None:
-    """The row of what JAX calls a device (`jax.Device.device_kind`), or None."""
-    seen = device_kind.strip().lower()
-    found = [(len(start), device) for device in DEVICES.values() for start in device.seen_as if seen.startswith(start)]
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+    """The row of what JAX calls a device (`jax.Device.device_kind`), or None.
+
+    Names are compared as a whole: A10 and A100, L4 and L40, H100 and H100 NVL, a card and a MIG slice of it, TPU v4 and
+    v4 lite begin alike and are not alike. Only AMD's words for a module and for a card passed through are left off.
+    """
+    seen = device_kind.strip().lower().removesuffix(" oam").removesuffix(" vf")
+    return next((device for device in DEVICES.values() if seen in device.seen_as), None)
 
 
 def render(devices: list[Device]) -> RenderableType:
@@ -202,6 +205,7 @@ _MI250X = _source("AMD Instinct MI250X data sheet", "2021-11")
 _MI300X = _source("AMD Instinct MI300X data sheet", "2023-12")
 _MI325X = _source("AMD Instinct MI325X data sheet", "2024-10")
 _MI355X = _source("AMD Instinct MI355X data sheet, rounded there", "2025-06")
+_CDNA4 = _source("AMD CDNA 4 Architecture White Paper: seven links of 76.8 GB/s one way", "2025")
 _GAUDI2 = _source("Intel Gaudi 2 in the Intel Gaudi 3 AI Accelerator White Paper, comparison table", "2024-04")
 _GAUDI3 = _source("Intel Gaudi 3 AI Accelerator White Paper, HL-325L", "2024-04")
 _APPLE_M2 = _source("Apple, M2 Ultra announcement and Mac Studio (2023) specifications", "2023-06")
@@ -226,10 +230,12 @@ _GENOA_RATE = _source(
 )
 _GRAVITON4 = _source("AWS re:Invent 2023 and AnandTech 21172: 96 Neoverse V2, 12 channels DDR5-5600", "2023-11")
 _TPU_V4 = _source("Google Cloud, TPU v4 system architecture", _LOOKED_UP)
+_TPU_V4_LINKS = _source("Jouppi et al., TPU v4, 2304.01433, table 4: six links of 50 GB/s", "2023")
 _TPU_V5E = _source("Google Cloud, TPU v5e system architecture", _LOOKED_UP)
 _TPU_V5P = _source("Google Cloud, TPU v5p system architecture", _LOOKED_UP)
 _TPU_V6E = _source("Google Cloud, TPU v6e system architecture", _LOOKED_UP)
 _JAX_TPU = _source("jax 0.10.2, pallas TPU hardware table (tpu_info)", "2026")
+_GIB = 2**30 / 1e9  # what Google's pages give the memory of v4 and v5p in
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -274,7 +280,7 @@ _ROWS = (
     _device(
         "h100-sxm", "NVIDIA Hopper", "gpu", _GH100,
         memory=80, bandwidth=(3350, _H100), link=(450, _H100), rates=_HOPPER_RATES, note=_NO_INT4,
-        seen_as=("nvidia h100 80gb hbm3", "nvidia h100"),
+        seen_as=("nvidia h100 80gb hbm3",),
     ),
     _device(
         "h100-pcie", "NVIDIA Hopper", "gpu", _GH100,
@@ -311,7 +317,7 @@ _ROWS = (
     _device(
         "a100-80gb", "NVIDIA Ampere", "gpu", _A100,
         memory=80, bandwidth=2039, link=300, rates=_AMPERE_RATES, note=f"The SXM module. {_NO_FP8}",
-        seen_as=("nvidia a100-sxm4-80gb", "nvidia a100-sxm-80gb", "nvidia a100 80gb"),
+        seen_as=("nvidia a100-sxm4-80gb", "nvidia a100-sxm-80gb"),
     ),
     _device(
         "a10", "NVIDIA Ampere", "gpu", _A10,
@@ -349,7 +355,8 @@ _ROWS = (
     _device(
         "mi250x", "AMD CDNA 2", "gpu", _MI250X,
         memory=128, bandwidth=3277, note="Two dies of 64 GB, which JAX sees as two devices. It multiplies no fp8.",
-        rates={"fp32": 95.7, "bf16": 383, "fp16": 383, "int8": 383}, seen_as=("amd instinct mi250x",),
+        rates={"fp32": 95.7, "bf16": 383, "fp16": 383, "int8": 383},
+        seen_as=("amd instinct mi250x", "amd instinct mi250x / mi250"),
     ),
     _device(
         "mi300x", "AMD CDNA 3", "gpu", _MI300X,
@@ -363,7 +370,7 @@ _ROWS = (
     ),
     _device(
         "mi355x", "AMD CDNA 4", "gpu", _MI355X,
-        memory=288, bandwidth=8000, note="Its fp8 is OCP's.", seen_as=("amd instinct mi355x",),
+        memory=288, bandwidth=8000, link=(537.6, _CDNA4), note="Its fp8 is OCP's.", seen_as=("amd instinct mi355x",),
         rates={
             "fp32": 157.3, "bf16": 2500, "fp16": 2500, "fp8": 5000, "int8": 5000, "mxfp8": 5000, "mxfp6": 10000,
             "mxfp4": 10000,
@@ -410,22 +417,23 @@ _ROWS = (
     ),
     _device(
         "tpu-v4", "Google TPU", "tpu", _TPU_V4,
-        memory=32, bandwidth=1228, link=300, rates={"fp32": None, "bf16": 275}, seen_as=("tpu v4",),
-        note="JAX's table of TPUs has no int8 rate for it.",
+        memory=32 * _GIB, bandwidth=1200, link=(300, _TPU_V4_LINKS), seen_as=("tpu v4",),
+        rates={"fp32": None, "bf16": 275, "int8": 275},
+        note="int8 multiplies no faster than bf16: it saves memory and bandwidth.",
     ),
     _device(
         "tpu-v5e", "Google TPU", "tpu", _TPU_V5E,
-        memory=16, bandwidth=819, link=200, seen_as=("tpu v5 lite", "tpu v5e"),
+        memory=(17.2, _JAX_TPU), bandwidth=819, link=200, seen_as=("tpu v5 lite", "tpu v5e"),
         rates={"fp32": None, "bf16": 197, "int8": 393, "int4": (788, _JAX_TPU)},
     ),
     _device(
         "tpu-v5p", "Google TPU", "tpu", _TPU_V5P,
-        memory=95, bandwidth=2765, link=600, seen_as=("tpu v5p", "tpu v5"),
+        memory=95 * _GIB, bandwidth=2765, link=600, seen_as=("tpu v5p", "tpu v5"),
         rates={"fp32": None, "bf16": 459, "int8": (918, _JAX_TPU), "int4": (1840, _JAX_TPU)},
     ),
     _device(
         "tpu-v6e", "Google TPU", "tpu", _TPU_V6E,
-        memory=32, bandwidth=1638, link=400, seen_as=("tpu v6 lite", "tpu v6e"),
+        memory=(34.4, _JAX_TPU), bandwidth=1638, link=400, seen_as=("tpu v6 lite", "tpu v6e"),
         rates={"fp32": None, "bf16": 918, "fp8": (920, _JAX_TPU), "int8": 1836, "int4": (3680, _JAX_TPU)},
         note="fp8 multiplies no faster than bf16: it saves memory and bandwidth.",
     ),

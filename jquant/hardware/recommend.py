@@ -278,7 +278,9 @@ def _option(candidate: Candidate, numerics: Numerics, load: Load, asked: Constra
 def _times(numerics: Numerics, load: Load, asked: Constraints) -> tuple[Time | None, Time]:
     first = prefill(asked.shape, numerics, load, asked.device, devices=asked.devices)
     step = decode(asked.shape, numerics, load, asked.device, devices=asked.devices)
-    return (None if asked.device.rate(multiplied_in(numerics, asked.device)) is None else first), step
+    # Attention and head multiply in floats, whatever the block matrices do.
+    used = {multiplied_in(numerics, asked.device), asked.device.float_format}
+    return (None if any(asked.device.rate(name) is None for name in used) else first), step
 
 
 def _best_load(numerics: Numerics, asked: Constraints) -> Load:

@@ -14,6 +14,7 @@ Time, each part the longer of what it multiplies and what it reads, parts one af
     head             max(2 · vocabulary · hidden · rows / rate of floats,  its bytes / bandwidth)
     links            2 all-reduces a block of tokens · hidden floats: 2·(n−1)/n · bytes / link, nothing overlapped
 
+Rate and bandwidth are those of all devices together; where they outnumber the kv heads, they read copies of the cache.
 Prefill takes all tokens of the prompt through the blocks, in pieces that each read the weights once, and one row a
 sequence through the head; a decode step takes one token a sequence. A prompt of p tokens sees p·(p+1)/2 positions.
 
@@ -208,6 +209,7 @@ def _time(
     rate = device.rate(multiplied_in(numerics, device))
     head = shape.vocab_size * shape.hidden_size
     small = shape.other_parameters * float_bytes
+    read *= devices / min(devices, shape.num_kv_heads)  # devices that share a head of keys and values read all of it
     parts = {
         "matrices": _part(
             2.0 * shape.active_weights * tokens, rate, touched * _weight_bits(numerics) / 8 + small, bandwidth, devices

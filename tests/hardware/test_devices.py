@@ -92,10 +92,15 @@ def test_an_unknown_name_gets_the_nearest_and_all(name: str, near: str) -> None:
         ("NVIDIA H200", "h200"),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A10", "a10"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
         ("AMD Instinct MI300X", "mi300x"),
+        ("AMD Instinct MI300X VF", "mi300x"),
+        ("AMD Instinct MI300X OAM", "mi300x"),
+        ("TPU v4", "tpu-v4"),
+        ("TPU v5", "tpu-v5p"),
         ("TPU v5 lite", "tpu-v5e"),
         ("TPU v5p", "tpu-v5p"),
         ("TPU v6 lite", "tpu-v6e"),
@@ -108,9 +113,23 @@ def test_what_jax_calls_a_device_finds_its_row(kind: str, name: str) -> None:
     assert found.name == name
 
 
-def test_a_device_that_is_not_in_the_table() -> None:
-    assert device_of_kind("cpu") is None
-    assert device_of_kind("NVIDIA GeForce GTX 1080") is None
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cpu",
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA A100-PCIE-40GB",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA A10G",
+        "NVIDIA L40",
+        "NVIDIA H100 NVL",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "TPU v4 lite",
+    ],
+)
+def test_a_device_that_is_not_in_the_table_is_not_taken_for_one_whose_name_begins_alike(kind: str) -> None:
+    assert device_of_kind(kind) is None
 
 
 def test_rendering_says_what_is_not_known() -> None:

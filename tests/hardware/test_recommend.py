@@ -104,6 +104,13 @@ def test_an_m4_max_is_told_apart_in_what_is_not_known() -> None:
     assert "but floats only" in reasons(found)["int8:channel", "rtn@int8:token"]
 
 
+def test_prefill_is_counted_for_all_or_for_none_of_those_that_are_ranked() -> None:
+    # Rates of int8 are known, of bf16 not: attention and head multiply in that.
+    found = recommend(asked("epyc-9654", shape=LLAMA8, memory_gb=64.0), PRIOR)
+    assert {option.multiplied_in for option in found.options} == {"bf16", "int8"}
+    assert all(option.prefill is None for option in found.options)
+
+
 def test_fnuz_is_named_on_the_mi300() -> None:
     found = recommend(asked("mi300x"), PRIOR)
     assert "is the fnuz kind" in reasons(found)["fp8_e4m3:channel", "rtn@fp8_e4m3:token"]

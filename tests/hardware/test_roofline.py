@@ -144,6 +144,12 @@ def test_several_devices_share_the_work_and_send_activations() -> None:
     assert prefill(SHAPE, Numerics(), load, device(link_gb_s=None), devices=4).links == 0
 
 
+def test_devices_that_share_a_head_of_the_cache_read_it_each() -> None:
+    one, five, ten = (decode(SHAPE, Numerics(), Load(), device(), devices=n).attention for n in (1, 5, 10))
+    assert five == pytest.approx(one / 5)
+    assert ten == pytest.approx(five)
+
+
 def test_an_unknown_rate_is_told_from_a_fast_one() -> None:
     unknown = device(rates={"fp32": None, "bf16": None})
     step = decode(SHAPE, Numerics(), Load(), unknown)
