@@ -18,9 +18,9 @@ from jaxtyping import Array
 from jquant.core.errors import InputError
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Decoder, step_context
+from jquant.models.generate import prompt_chunk
 from jquant.nn.protocol import apply
 
-_CHUNK = 64  # prompts are fed in pieces of this many tokens
 _STEP = 256  # capacities are multiples of it
 
 Stop = Callable[[int, Sequence[int]], bool]  # of a row's index and the tokens so far: has it ended?
@@ -67,13 +67,14 @@ def _one_batch(
 ) -> list[list[int]]:
     lengths = np.asarray([*map(len, prompts), *[1] * (rows - len(prompts))], np.int32)
     capacity = -(-(int(lengths.max()) + max_tokens) // _STEP) * _STEP
-    tokens = np.zeros((rows, -(-int(lengths.max()) // _CHUNK) * _CHUNK), np.int32)
+    chunk = prompt_chunk()
+    tokens = np.zeros((rows, -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     caches = _empty_caches(model, rows, capacity)
     last = jnp.zeros((rows, model.config.hidden_size), model.embed.weight.get_value().dtype)
-    for start in range(0, tokens.shape[1], _CHUNK):
-        piece = jnp.asarray(tokens[:, start : start + _CHUNK])
+    for start in range(0, tokens.shape[1], chunk):
+        piece = jnp.asarray(tokens[:, start : min(start + chunk, capacity)])
         hidden, caches = _advance(model, piece, jnp.full(rows, start, jnp.int32), caches, capacity)
         last = _last_states(last, hidden, jnp.asarray(lengths - 1 - start))
     # What the padding wrote lies behind each row's length: it is masked until a new token takes its place.

@@ -36,6 +36,17 @@ def test_rows_end_by_themselves() -> None:
     assert ends == [tokens[: row + 2] for row, tokens in enumerate(whole)]
 
 
+def test_pieces_longer_than_the_cache_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU pieces are of 512 tokens, and a cache may have 256 places."""
+    model, prompts = tiny_model(), [[7] * 300, [1, 2, 3]]
+    expected = generate_batch(model, prompts, max_tokens=4, stop=lambda row, new: False, rows=2)
+    for size in (200, 512, 4096):
+        monkeypatch.setattr(module, "prompt_chunk", lambda size=size: size)
+        assert generate_batch(model, prompts, max_tokens=4, stop=lambda row, new: False, rows=2) == expected
+        short = generate_batch(model, prompts[1:], max_tokens=4, stop=lambda row, new: False, rows=1)
+        assert short == expected[1:]
+
+
 def test_programs_depend_on_capacity_alone() -> None:
     model = tiny_model(1)
     generate_batch(model, [[1] * 9, [2] * 30], max_tokens=4, stop=lambda row, new: False)
