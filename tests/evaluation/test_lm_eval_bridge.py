@@ -218,10 +218,10 @@ def test_without_lm_eval_the_command_names_the_extra(
         EvalConfig(model="demo", limit=3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_task_through_lm_eval(tmp_path: Path) -> None:
-    """Where lm-eval is installed: a task of local rows; which choice is the likeliest is computed here too."""
-    pytest.importorskip("lm_eval")
+    """A task of local rows; which choice is the likeliest is computed here too."""
     rows = [
         {"question": "The sky is", "choices": [" blue", " made of cheese"], "gold": 0},
         {"question": "Two and two are", "choices": [" four", " five"], "gold": 0},
