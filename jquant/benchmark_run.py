@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from jquant.core.errors import InputError
 from jquant.evaluation.benchmark import TaskResult
+from jquant.evaluation.benchmark_options import BenchmarkOptions
 from jquant.evaluation.lm_eval_bridge import Answerer, Progress, run_tasks
 from jquant.io.tokenizer import Tokenizer
 from jquant.models.decoder import Decoder
@@ -26,28 +26,10 @@ def answerer(
 
 
 def benchmark(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    tasks: Sequence[str],
-    *,
-    max_length: int | None = None,
-    progress: Progress | None = None,
-    limit: int | None = None,
-    task_path: Path | None = None,
-    few_shot: int | None = None,
-    chat: bool = False,
-    allow_code: bool = False,
+    model: Decoder, tokenizer: Tokenizer, options: BenchmarkOptions, *, progress: Progress | None = None
 ) -> list[TaskResult]:
-    """Runs tasks of lm-eval on a model; arguments, errors as `answerer` and `run_tasks`."""
-    return run_tasks(
-        answerer(model, tokenizer, max_length=max_length, progress=progress),
-        tasks,
-        limit=limit,
-        task_path=task_path,
-        few_shot=few_shot,
-        chat=chat,
-        allow_code=allow_code,
-    )
+    """Runs tasks of lm-eval on a model; errors as `answerer` and `run_tasks`."""
+    return run_tasks(answerer(model, tokenizer, max_length=options.max_length, progress=progress), options)
 
 
 def tasks_record(results: Sequence[TaskResult]) -> dict[str, Any]:

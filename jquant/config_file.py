@@ -12,7 +12,7 @@ from jquant.core.errors import InputError
 
 
 def read_config_file(path: str | Path, config_type: type) -> dict[str, Any]:
-    """Field values of `config_type` from a YAML mapping; names may be written with - or _.
+    """Field values of `config_type` from a YAML mapping; names may be written with - or _, without those of groups.
 
     Raises:
         InputError: the file cannot be read or is no mapping, a field is unknown, or a value is of the wrong kind.
@@ -29,13 +29,19 @@ def read_config_file(path: str | Path, config_type: type) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{path}: must be a mapping of option: value")
     kinds = typing.get_type_hints(config_type)
+    groups: dict[str, Any] = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+    home = {inner: group for group, kind in groups.items() for inner in _names(kind)}
+    kinds |= {inner: typing.get_type_hints(groups[group])[inner] for inner, group in home.items()}
+    grouped: dict[str, dict[str, Any]] = {}
     values = {}
     for key, value in record.items():
         name = str(key).replace("-", "_")
-        if name not in kinds:
-            raise InputError(f"{path}: unknown field {key!r}; there are {', '.join(_names(config_type))}")
-        values[name] = _convert(value, kinds[name], f"{path}: {key}")
-    return values
+        if name not in kinds or name in groups:
+            names = [name for name in (*_names(config_type), *home) if name not in groups]
+            raise InputError(f"{path}: unknown field {key!r}; there are {', '.join(names)}")
+        place = grouped.setdefault(home[name], {}) if name in home else values
+        place[name] = _convert(value, kinds[name], f"{path}: {key}")
+    return values | {name: groups[name](**inner) for name, inner in grouped.items()}
 
 
 def _names(config_type: type) -> list[str]:

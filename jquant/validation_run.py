@@ -147,19 +147,13 @@ def _windows(config: ValidateConfig, checkpoint: Checkpoint) -> Windows:
 def _asked(
     config: ValidateConfig, model: Decoder, checkpoint: Checkpoint, listen: Listen, whose: str
 ) -> dict[str, TaskResult]:
-    if not config.tasks:
+    if not config.benchmark.tasks:
         return {}
     results = benchmark(
         model,
         checkpoint.tokenizer(),
-        config.tasks,
-        max_length=config.max_length,
+        config.benchmark,
         progress=lambda stage, done, total: listen(f"{whose}: {stage}", done, total),
-        limit=config.limit,
-        task_path=config.task_path,
-        few_shot=config.few_shot,
-        chat=config.chat,
-        allow_code=config.allow_code,
     )
     return {result.task: result for result in results}
 

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from jquant.cli import main
+from jquant.config_file import read_config_file
+from jquant.core.errors import InputError
+from jquant.evaluation.benchmark_options import BenchmarkOptions
+from jquant.evaluation.config import EvalConfig
 from tests.tiny_checkpoint import write
 
 
@@ -87,6 +91,13 @@ def test_config_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     file.write_text("model: demo\nwindowz: 3\n")
     assert main(["sweep", "--config", str(file)]) == 2
     assert "unknown field 'windowz'" in capsys.readouterr().err
+    file.write_text("model: demo\ntasks: arc_easy, hellaswag\nlimit: 7\nwindow: 64\n")
+    values = read_config_file(file, EvalConfig)
+    tasks = BenchmarkOptions(tasks=("arc_easy", "hellaswag"), limit=7)
+    assert values == {"model": "demo", "benchmark": tasks, "window": 64}
+    file.write_text("model: demo\nbenchmark: {}\n")
+    with pytest.raises(InputError, match=r"unknown field 'benchmark'; there are .*tasks"):
+        read_config_file(file, EvalConfig)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from jquant.core.errors import InputError
-from jquant.core.options import Names
+from jquant.evaluation.benchmark_options import BenchmarkOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,28 +33,7 @@ class EvalConfig:
     """Another MODEL to measure KL divergence and top-1 agreement against."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the unquantized weights and of computation."""
-    tasks: Names = ()
-    """Benchmarks of lm-eval in the place of the text: arc_easy,hellaswag,mmlu,gsm8k,… (needs jquant[eval])."""
-    limit: int | None = None
-    """Ask only the first items of each task."""
-    task_path: Path | None = None
-    """A folder of task definitions, which go before lm-eval's own; without a network they must read local files."""
-    few_shot: int | None = None
-    """Solved examples before each question; by default as the task says."""
-    max_length: int | None = None
-    """Tokens that a question may have; longer ones lose their start. By default the model's context."""
-    chat: bool = False
-    """Write questions in the model's chat template."""
-    allow_code: bool = False
-    """Let tasks such as humaneval run what the model wrote, on this machine."""
+    benchmark: Annotated[BenchmarkOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=BenchmarkOptions)
+    """In the place of the text."""
     json: Path | None = None
     """Also write the result to this file."""
-
-    def __post_init__(self) -> None:
-        if self.tasks:
-            return
-        for name in ("limit", "task_path", "few_shot", "max_length", "chat", "allow_code"):
-            if getattr(self, name) not in (None, False):
-                raise InputError(
-                    f"{name.replace('_', '-')} is for benchmarks: name some, as --tasks arc_easy,hellaswag"
-                )

@@ -1,7 +1,7 @@
 """lm-eval's benchmarks on our models: float or packed, from any checkpoint that `load_model` reads.
 
     answerer = Answerer(model, tokenizer, max_length=…, generate=…)      what a harness asks; runs without lm-eval
-    run_tasks(answerer, ["arc_easy", "hellaswag"], limit=100)            lm-eval's tasks, prompts, filters and scores
+    run_tasks(answerer, BenchmarkOptions(tasks=("arc_easy",)))            lm-eval's tasks, prompts, filters and scores
 
 Contexts and continuations are cut into tokens as lm-eval's Hugging Face backend cuts them: spaces at the end of a
 context belong to the continuation, both are encoded as one text, and an empty context is BOS, or EOS without one.
@@ -14,13 +14,13 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from jquant.core.errors import InputError
 from jquant.evaluation.benchmark import TaskResult, items_hash
+from jquant.evaluation.benchmark_options import BenchmarkOptions
 from jquant.evaluation.likelihood import Continuation, Likelihood, likelihoods
 from jquant.nn.protocol import CausalLM
 
@@ -195,26 +195,8 @@ def rolling_pieces(tokens: Sequence[int], prefix: int, longest: int) -> Iterator
         yield Continuation(tokens[end - longest - 1 : start], tokens[start:end])
 
 
-def run_tasks(
-    answerer: Answerer,
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    task_path: Path | None = None,
-    few_shot: int | None = None,
-    chat: bool = False,
-    allow_code: bool = False,
-) -> list[TaskResult]:
+def run_tasks(answerer: Answerer, options: BenchmarkOptions) -> list[TaskResult]:
     """Runs tasks of lm-eval.
-
-    Args:
-        answerer: the model.
-        tasks: names, of lm-eval's own or in `task_path`; groups such as mmlu too.
-        limit: the first items of each task; None for all.
-        task_path: a folder of task definitions (YAML), which go before lm-eval's own of the same name.
-        few_shot: solved examples before each question; None: as the task says.
-        chat: write prompts in the model's chat template.
-        allow_code: let tasks such as humaneval run what the model wrote, on this machine.
 
     Raises:
         InputError: lm-eval is missing, a task is unknown, or its data cannot be had.
@@ -224,11 +206,10 @@ def run_tasks(
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(MISSING) from error
-    if limit is not None and limit < 1:
-        raise InputError(f"limit of {limit} items leaves nothing to ask; give at least 1, or none for all")
-    if task_path is not None and not any(Path(task_path).rglob("*.yaml")):
+    tasks, task_path = options.tasks, options.task_path
+    if task_path is not None and not any(task_path.rglob("*.yaml")):
         raise InputError(f"{task_path}: holds no task definition (.yaml)")
-    if allow_code:
+    if options.allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     with _quiet():
         manager = TaskManager(include_path=None if task_path is None else str(task_path))
@@ -245,13 +226,13 @@ def run_tasks(
             found: Any = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
-                num_fewshot=few_shot,
-                limit=limit,
+                num_fewshot=options.few_shot,
+                limit=options.limit,
                 bootstrap_iters=0,
                 log_samples=True,
                 task_manager=manager,
-                apply_chat_template=chat,
-                confirm_run_unsafe_code=allow_code,
+                apply_chat_template=options.chat,
+                confirm_run_unsafe_code=options.allow_code,
             )
     except InputError:
         raise

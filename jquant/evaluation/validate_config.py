@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ import tyro
 
 from jquant.core.errors import InputError
 from jquant.core.options import Names
+from jquant.evaluation.benchmark_options import BenchmarkOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +31,8 @@ class ValidateConfig:
     """How many windows; None for the whole text."""
     batch: int | None = None
     """Windows a forward pass; by default 1 on CPU, 8 elsewhere."""
-    tasks: Names = ()
-    """Benchmarks of lm-eval to run on both models (needs jquant[eval])."""
-    limit: int | None = None
-    """Ask only the first items of each task."""
-    task_path: Path | None = None
-    """A folder of task definitions, which go before lm-eval's own."""
-    few_shot: int | None = None
-    """Solved examples before each question; by default as the task says."""
-    max_length: int | None = None
-    """Tokens that a question may have; by default the model's context."""
-    chat: bool = False
-    """Write questions in the model's chat template."""
-    allow_code: bool = False
-    """Let tasks such as humaneval run what the models wrote, on this machine."""
+    benchmark: Annotated[BenchmarkOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=BenchmarkOptions)
+    """Run on both models."""
     results: Names = ()
     """Files of `jquant eval --json` on MODEL, to be read in the place of running anything."""
     reference_results: Names = ()
@@ -66,7 +55,7 @@ class ValidateConfig:
     def __post_init__(self) -> None:
         if bool(self.results) != bool(self.reference_results):
             raise InputError("results are compared in pairs: give both --results and --reference-results")
-        if self.results and self.tasks:
+        if self.results and self.benchmark.tasks:
             raise InputError("give either --tasks to run, or --results that were run before")
         if not self.results and self.reference is None:
             raise InputError("nothing to judge by: give --reference MODEL, or result files of both models")

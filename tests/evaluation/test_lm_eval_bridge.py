@@ -23,7 +23,7 @@ from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
 from jquant.evaluation import likelihood
 from jquant.evaluation.benchmark import TaskResult
-from jquant.evaluation.config import EvalConfig
+from jquant.evaluation.benchmark_options import BenchmarkOptions
 from jquant.evaluation.likelihood import Continuation, bucket_lengths, likelihoods
 from jquant.evaluation.lm_eval_bridge import Answerer, rolling_pieces
 from jquant.models.decoder import Decoder
@@ -215,7 +215,7 @@ def test_without_lm_eval_the_command_names_the_extra(
     assert main(["eval", str(write(tmp_path / "tiny")), "--tasks", "arc_easy"]) == 2
     assert "pip install 'jquant[eval]'" in capsys.readouterr().err
     with pytest.raises(InputError, match="limit is for benchmarks"):
-        EvalConfig(model="demo", limit=3)
+        BenchmarkOptions(limit=3)
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_a_task_through_lm_eval(tmp_path: Path) -> None:
         "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
     )
     model = tiny_model()
-    (found,) = benchmark(model, byte_tokenizer(), ["tiny_choice"], task_path=tmp_path)
+    (found,) = benchmark(model, byte_tokenizer(), BenchmarkOptions(tasks=("tiny_choice",), task_path=tmp_path))
 
     def encode(text: str) -> list[int]:
         return byte_tokenizer().encode(text).tolist()
@@ -248,4 +248,4 @@ def test_a_task_through_lm_eval(tmp_path: Path) -> None:
     assert found.items["acc"] == tuple(float(answer == 0) for answer in expected)
     assert found.scores["acc"] == pytest.approx(np.mean(found.items["acc"]))
     with pytest.raises(InputError, match="unknown task 'tiny_chess'"):
-        benchmark(model, byte_tokenizer(), ["tiny_chess"], task_path=tmp_path)
+        benchmark(model, byte_tokenizer(), BenchmarkOptions(tasks=("tiny_chess",), task_path=tmp_path))

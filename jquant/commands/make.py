@@ -1,0 +1,176 @@
+"""Commands that write a model: quantize, qat, export, convert."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from jquant.commands.options import default_batch, refuse_calibration_text
+from jquant.commands.terminal import new_console, progress_bar
+from jquant.core.errors import InputError
+from jquant.models.export_config import ConvertConfig, ExportConfig
+from jquant.ptq.config import QuantizeConfig
+from jquant.qat.command import QATCommand
+
+if TYPE_CHECKING:
+    from jquant.models.checkpoint import Checkpoint
+
+
+def quantize_command(config: QuantizeConfig) -> None:
+    from jquant.io.native import check_new_folder
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.nn.matrices import layer_shapes
+    from jquant.ptq.coverage import render
+    from jquant.ptq.pipeline import Event
+    from jquant.ptq.presets import calibrated, find_recipe
+    from jquant.ptq.recipe import one_rule
+    from jquant.quantization_run import quantize_checkpoint
+
+    check_new_folder(config.out)
+    checkpoint = open_checkpoint(config.model)
+    shapes = layer_shapes(checkpoint.abstract(dtype=config.dtype))
+    if config.scheme is not None:
+        recipe = one_rule(config.method, config.scheme, layers=config.layers)
+    else:
+        assert config.recipe is not None
+        recipe = find_recipe(config.recipe, shapes)
+    windows = None
+    if calibrated(recipe):
+        windows = _calibration(config, checkpoint.tokenizer(), recipe)
+    with progress_bar(f"quantizing {checkpoint.config.num_layers} blocks", checkpoint.config.num_layers + 1) as advance:
+
+        def heard(event: Event) -> None:
+            advance(event.done)
+            worst = max((layer.error for layer in event.reports), default=0.0)
+            if event.reports and config.verbose:
+                new_console(stderr=True).print(f"{event.part}: {event.seconds:.1f} s, largest error {worst:.2e}")
+
+        coverage = quantize_checkpoint(
+            checkpoint,
+            recipe,
+            config.out,
+            calibration=windows,
+            batch=default_batch(config.batch),
+            dtype=config.dtype,
+            spill=config.spill,
+            on_estimate=lambda estimate: new_console(stderr=True).print(f"[dim]{estimate}[/dim]", highlight=False),
+            progress=heard,
+        )
+    if config.coverage:
+        new_console().print(render(coverage))
+    weights = sum(math.prod(layer.shape) for layer in coverage.layers)
+    bits = sum(layer.bits_per_weight * math.prod(layer.shape) for layer in coverage.layers) / weights
+    print(f"{coverage.summary()}\n{bits:.3f} bits a weight, padding included; {coverage.seconds:.1f} s; {config.out}")
+
+
+def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
+    """The windows that the recipe learns from."""
+    from jquant.data.blocks import text_windows
+    from jquant.data.text import load_text
+    from jquant.ptq.presets import recommended
+
+    source, count, window = config.calibration, config.calibration_windows, config.window
+    if source == "recommended":
+        advice = recommended(recipe)
+        source, count, window = advice.text, advice.windows, advice.window
+    windows = text_windows(load_text(source), tokenizer, window=window, limit=count)
+    if len(windows.tokens) < count:
+        raise InputError(
+            f"calibration text {source!r} has {windows.total_tokens} tokens, {count} windows of {window} need "
+            f"{count * window}: give a longer text, or --calibration-windows {len(windows.tokens)}"
+        )
+    return windows
+
+
+def qat_command(config: QATCommand) -> None:
+    from jquant.data.blocks import text_windows
+    from jquant.data.text import load_text
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.models.save import packed_bits
+    from jquant.qat.progress import shown_progress
+    from jquant.qat.rules import find_recipe
+    from jquant.qat_run import Distillation, check_out, train_checkpoint
+
+    check_out(config.out)
+    recipe = find_recipe(config.recipe)
+    checkpoint = open_checkpoint(config.model)
+    tokenizer = checkpoint.tokenizer()
+    training = text_windows(load_text(config.data), tokenizer, window=config.window, limit=config.windows)
+    evaluation = None
+    if config.eval_text is not None:
+        text = load_text(config.eval_text)
+        evaluation = text_windows(text, tokenizer, window=config.eval_window, limit=config.eval_windows)
+    console = new_console(stderr=True)
+    with shown_progress(console) as listen:
+        result = train_checkpoint(
+            checkpoint,
+            recipe,
+            training,
+            config.out,
+            config=config.training(),
+            distillation=Distillation(
+                weight=config.distillation_weight,
+                temperature=config.temperature,
+                hidden_weight=config.hidden_weight,
+                remat=config.remat,
+            ),
+            evaluation=evaluation,
+            eval_batch=default_batch(None),
+            announce=lambda said: console.print(said, highlight=False, markup=False),
+            listen=listen,
+        )
+    bits = packed_bits(open_checkpoint(config.out).model())
+    if result is not None:
+        figures = {"loss": result.loss, **result.evaluation}
+        said = ", ".join(f"{name} {value:.6g}" for name, value in figures.items() if not math.isnan(value))
+        resumed = f", {result.resumed_from} of them by an earlier run" if result.resumed_from else ""
+        print(f"{result.steps} steps{resumed}; {said or 'nothing was left to train'}; {result.seconds:.1f} s")
+        if result.best_step is not None:
+            print(f"taken is the state of step {result.best_step}, whose {config.best} {result.best:.6g} was the best")
+    print(f"{bits:.3f} bits a weight in packed layers, padding included; {config.out}")
+
+
+def export_command(config: ExportConfig | ConvertConfig) -> None:
+    from jquant.models.checkpoint import open_checkpoint
+    from jquant.models.export import export
+
+    started = time.perf_counter()
+    limit = int(config.max_shard_gb * 1e9)
+    checkpoint = open_checkpoint(config.model).packed()
+    evaluation = None if config.text is None else _measured_perplexity(checkpoint, config)
+    export(
+        checkpoint,
+        config.out,
+        format=config.format,
+        dtype=config.dtype,
+        max_shard_bytes=limit,
+        evaluation=evaluation,
+    )
+    files = list(config.out.iterdir()) if config.out.is_dir() else [config.out]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{config.out}: {config.format}, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
+
+
+def _measured_perplexity(checkpoint: Checkpoint, config: ExportConfig | ConvertConfig) -> dict[str, str]:
+    """Rows of a model card."""
+    from jquant.data.blocks import text_windows
+    from jquant.data.text import load_text
+    from jquant.evaluation.scoring import evaluate
+    from jquant.io.native import check_new_folder
+
+    if config.format == "gguf":
+        raise InputError("--text with a gguf, which has no model card to say a perplexity in: leave it out")
+    check_new_folder(config.out)
+    assert config.text is not None
+    text = load_text(config.text)
+    refuse_calibration_text(checkpoint, text)
+    windows = text_windows(text, checkpoint.tokenizer(), window=config.window, limit=config.windows)
+    with progress_bar(f"evaluating {len(windows.tokens)} windows", len(windows.tokens)) as advance:
+        found = evaluate(checkpoint.model(), windows, batch=default_batch(None), progress=advance).perplexity
+    error = "" if math.isnan(found.stderr) else f" ± {found.stderr * found.value:.4f}"  # of one window there is none
+    return {
+        "perplexity": f"{found.value:.4f}{error}",
+        "measured on": f"`{text.name}`, {len(windows.tokens)} windows of {config.window} tokens, text sha256 "
+        f"`{text.sha256}`",
+    }

@@ -1,0 +1,39 @@
+"""What options of several commands mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jquant.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jquant.data.text import Text
+    from jquant.models.checkpoint import Checkpoint
+
+
+def parsed_scheme(spec: str | None) -> Any:
+    if spec is None:
+        return None
+    from jquant.core.scheme import scheme
+
+    return scheme(spec)
+
+
+def round_layers(model: Any, scheme: Any) -> None:
+    if scheme is not None:
+        from jquant.ptq.rtn import quantize_layers
+
+        quantize_layers(model, scheme)
+
+
+def default_batch(batch: int | None) -> int:
+    import jax
+
+    return (1 if jax.default_backend() == "cpu" else 8) if batch is None else batch
+
+
+def refuse_calibration_text(checkpoint: Checkpoint, text: Text) -> None:
+    if checkpoint.calibration_sha256 == text.sha256:
+        raise InputError(
+            f"{checkpoint.name} was calibrated on the text {text.name}: its perplexity there says nothing; give another"
+        )

@@ -1,0 +1,52 @@
+"""What commands show: tables, bars of progress, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=new_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextlib.contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each of several stages that tell their name, how much is done, and of how much."""
+    from rich.progress import Progress
+
+    with Progress(console=new_console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def listen(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield listen
+
+
+def new_console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def write_json(path: Path, record: Any) -> None:
+    from jquant.io.atomic import replacing
+
+    with replacing(path) as file:
+        file.write(json_text(record).encode())
+
+
+def json_text(record: Any) -> str:
+    from jquant.io.json_file import as_text
+
+    return as_text(record)
