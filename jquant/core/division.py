@@ -41,13 +41,19 @@ def _whole_by_division(numerator: Array, divisor: Array) -> Array:
 
 
 def _whole_by_remainder(numerator: Array, divisor: Array) -> Array:
-    """k, the whole number nearest to an approximate quotient, or the one behind t = k ± ½: by the sign of
+    # The barrier: once a divisor, not once an element.
+    return whole_by_remainder(numerator, divisor, jax.lax.optimization_barrier(1 / divisor))
+
+
+def whole_by_remainder(numerator: Array, divisor: Array, inverse: Array) -> Array:
+    """`whole_ratio` from an approximate 1 / divisor.
+
+    That is k, the whole number nearest to an approximate quotient, or the one behind t = k ± ½: by the sign of
     numerator − t·divisor.
 
     That is exact where it matters: t has 12 bits, as each half of the divisor, and near t differences of floats are
     floats. The quotient is rounded to t itself where the remainder is at most half a unit of t in the last place.
     """
-    inverse = jax.lax.optimization_barrier(1 / divisor)  # once a divisor, not once an element
     near = numerator * inverse
     # Adding 1.5·2²³ rounds to whole numbers, as a GPU's rounding does in eight times the time; clipped in between, or
     # XLA cancels it.
@@ -64,11 +70,12 @@ def _whole_by_remainder(numerator: Array, divisor: Array) -> Array:
 
 
 def _divide(numerator: Array, divisor: Array) -> Array:
-    return jax.lax.platform_dependent(numerator, divisor, cpu=jnp.divide, default=_divide_by_refinement)
+    return jax.lax.platform_dependent(numerator, divisor, cpu=jnp.divide, default=divide_by_refinement)
 
 
-def _divide_by_refinement(numerator: Array, divisor: Array) -> Array:
-    """The quotient of the significands, refined, with the difference of the exponents put back."""
+def divide_by_refinement(numerator: Array, divisor: Array) -> Array:
+    """numerator / divisor, correctly rounded: the quotient of the significands, refined, with the difference of the
+    exponents put back."""
     a, b = _bits(numerator), _bits(divisor)
     quotient = _bits(refine(_significand(a), _significand(b)))
     exponent = (quotient >> 23) + ((a & _EXPONENTS) >> 23) - ((b & _EXPONENTS) >> 23)

@@ -18,6 +18,7 @@ A `GGMLBlock` is no element: its weights are encoded a block at a time, scales a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -25,7 +26,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
 from jquant.core.errors import InputError
 
@@ -168,10 +169,17 @@ class Float:
         return np.concatenate([-positive[:0:-1], positive])
 
     def encode(self, y: Float32[Array, "..."]) -> UInt8[Array, "..."]:
-        whole, exponent, _ = self._magnitude(y)
+        return self.nearest(y)[0].astype(jnp.uint8)
+
+    def nearest(
+        self, y: Float32[Array, "..."], to_whole: Callable[[Array], Array] = jnp.round
+    ) -> tuple[Int32[Array, "..."], Float32[Array, "..."]]:
+        """Code and value of the nearest level; `to_whole` rounds values below 2^(mantissa_bits + 1), half to even."""
+        whole, exponent, quantum = self._magnitude(y, to_whole)
         magnitude = whole.astype(jnp.int32) + ((exponent - self.min_exponent) << self.mantissa_bits)
         negative = jnp.signbit(y) if self.negative_zero else jnp.signbit(y) & (magnitude > 0)
-        return (magnitude | (negative.astype(jnp.int32) << (self.bits - 1))).astype(jnp.uint8)
+        value = whole * quantum
+        return magnitude | (negative.astype(jnp.int32) << (self.bits - 1)), jnp.where(negative, -value, value)
 
     def decode(self, codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
         bits = codes.astype(jnp.int32)
@@ -182,21 +190,18 @@ class Float:
         return jnp.where(bits >> (self.bits - 1) == 1, -positive, positive)
 
     def round(self, y: Float32[Array, "..."]) -> Float32[Array, "..."]:
-        whole, _, quantum = self._magnitude(y)
-        value = whole * quantum
-        negative = jnp.signbit(y) if self.negative_zero else jnp.signbit(y) & (value > 0)
-        return jnp.where(negative, -value, value)
+        return self.nearest(y)[1]
 
     def in_range(self, y: Float32[Array, "..."]) -> Bool[Array, "..."]:
         # What rounds to `max` without saturating: everything below the midpoint to the value that would come next.
         last_step = 2.0 ** (self.max_exponent - self.mantissa_bits)
         return jnp.abs(y) < self.max + last_step / 2
 
-    def _magnitude(self, y: Array) -> tuple[Array, Array, Array]:
+    def _magnitude(self, y: Array, to_whole: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
         """|y| as whole · quantum with quantum = 2^(exponent − mantissa_bits), rounded half to even."""
         magnitude = jnp.minimum(jnp.abs(y), self.max)
         exponent = jnp.maximum(_exponent(magnitude), self.min_exponent)
-        whole = jnp.round(magnitude * _power_of_two(self.mantissa_bits - exponent))
+        whole = to_whole(magnitude * _power_of_two(self.mantissa_bits - exponent))
         return whole, exponent, _power_of_two(exponent - self.mantissa_bits)
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32
 from jquant.core.division import exact_divide, exact_ratio
 from jquant.core.formats import FLOATS, Codebook, Element, Float, Int
 
-_SMALLEST_SCALE = np.float32(2.0**-124)
+SMALLEST_SCALE = np.float32(2.0**-124)
 _SMALLEST_PEAK = np.float32(2.0**-112)  # below it 448 · reach / peak would overflow
 
 E4M3 = next(element for element in FLOATS if element.name == "fp8_e4m3")
@@ -58,7 +58,7 @@ class FloatScale:
         return exact_divide(absmax, element.reach)
 
     def store(self, target: Float32[Array, "..."], absmax: Array | None, element: Element) -> StoredScale:
-        target = jnp.where(target < _SMALLEST_SCALE, _scale_of_zeros(element), target)
+        target = jnp.where(target < SMALLEST_SCALE, _scale_of_zeros(element), target)
         if self.name == "e4m3":
             code = E4M3.encode(jnp.maximum(target, E4M3.smallest))
             return StoredScale(jnp.where(jnp.isfinite(target), code, _E4M3_NAN))
@@ -256,12 +256,12 @@ DYNAMIC_MAP = Codebook(tuple(float(v) for v in dynamic_map()), name="dynamic8")
 
 
 def _one_where_zero(scale: Array) -> Array:
-    return jnp.where(scale < _SMALLEST_SCALE, jnp.float32(1), scale)
+    return jnp.where(scale < SMALLEST_SCALE, jnp.float32(1), scale)
 
 
 def _scale_of_zeros(element: Element) -> np.float32:
     """1, or the smallest where no level is 0: then a group of zeros still comes out as next to nothing."""
-    return np.float32(1) if _has_zero(element) else _SMALLEST_SCALE
+    return np.float32(1) if _has_zero(element) else SMALLEST_SCALE
 
 
 def _has_zero(element: Element) -> bool:

@@ -33,6 +33,8 @@ from jquant.core.qtensor import QTensor, choose_parameters
 from jquant.core.range_search import RangeSearch, scheme_of_search, search_parameters
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
+from jquant.kernels import dispatch
+from jquant.kernels.gptq_block import Block, fits, round_block
 from jquant.ptq.cholesky import inverse_upper, upper_cholesky
 from jquant.ptq.solver import Solution
 
@@ -107,7 +109,7 @@ def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, con
     if w.shape[-1] != factor.root.shape[-1]:
         raise InputError(f"weight of {w.shape[-1]} inputs, Gram matrix of {factor.root.shape[-1]}: they must agree")
     scheme.granularity.tile(*w.shape)
-    return _solve(w, factor, scheme, config)
+    return _solve(w, factor, scheme, config, dispatch.way())
 
 
 @partial(jax.jit, static_argnames="config")
@@ -174,8 +176,17 @@ class _Problem(NamedTuple):
     settle: Array | None  # [groups, group, group] inverses of `share` inside groups; see `_open_group`
 
 
-@partial(jax.jit, static_argnames=("scheme", "config"))
-def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig) -> Solution:
+class _Plan(NamedTuple):
+    """What is static while columns are rounded."""
+
+    scheme: Scheme
+    group: int
+    config: GPTQConfig
+    way: dispatch.Way
+
+
+@partial(jax.jit, static_argnames=("scheme", "config", "way"))
+def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
     rows, columns = w.shape
     group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
     levels = _levels(group, config)
@@ -201,7 +212,8 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig) -> Solu
         whole = jnp.pad(turned, ((0, -columns % group), (0, 0)))
         importance = jnp.pad(factor.diagonal, (0, -columns % group))
         state = state._replace(parameters=_choose(whole, importance, scheme, group, config, problem.outer))
-    part, state = _round_columns(problem, state, None, 0, width, levels, scheme, group, config)
+    plan = _Plan(scheme, group, config, way)
+    part, state = _round_columns(problem, state, None, 0, width, levels, plan)
     codes = jnp.zeros_like(part.codes).at[order].set(part.codes).T[:, :columns]
     groups = None
     if config.act_order == "dynamic" and group < columns:
@@ -248,9 +260,7 @@ def _round_columns(
     start: Array | int,
     length: int,
     levels: tuple[int, ...],
-    scheme: Scheme,
-    group: int,
-    config: GPTQConfig,
+    plan: _Plan,
 ) -> tuple[_Part, _State]:
     """Rounds `length` columns from `start` on, in parts of levels[0].
 
@@ -266,18 +276,43 @@ def _round_columns(
         else:
             columns = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
         columns = columns + _compensation(problem, done.errors, start, index * size, size)
-        if size == group and config.act_order != "static":
-            state = _open_group(problem, state, columns, at, scheme, config)
-        if smaller:
-            found, state = _round_columns(problem, state, columns, at, size, tuple(smaller), scheme, group, config)
+        if size == plan.group and plan.config.act_order != "static":
+            state = _open_group(problem, state, columns, at, plan)
+        if _in_one_kernel(size, plan):
+            found, state = _round_block(problem, state, columns, at, plan)
+        elif smaller:
+            found, state = _round_columns(problem, state, columns, at, size, tuple(smaller), plan)
         else:
-            found, state = _round_column(problem, state, columns, at, scheme)
+            found, state = _round_column(problem, state, columns, at, plan.scheme)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * size, axis=0)
         return _Part(put(done.errors, found.errors), put(done.codes, found.codes)), state
 
     shape = (length, problem.weight.shape[1])
     nothing = _Part(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.uint8))
     return jax.lax.fori_loop(0, length // size, one_part, (nothing, state))
+
+
+def _in_one_kernel(size: int, plan: _Plan) -> bool:
+    """Whether so many columns, whose parameters are known, are rounded by a kernel."""
+    known = plan.config.act_order == "static" or size <= plan.group
+    return plan.way != "jnp" and known and size <= plan.config.block and fits(plan.scheme.element, size)
+
+
+def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, plan: _Plan) -> tuple[_Part, _State]:
+    size, rows = columns.shape
+    places = jax.lax.dynamic_slice_in_dim(problem.place, at, size)
+    scale, zero = (_of_rows(each[places], rows) for each in state.parameters[1:])
+    weight = _columns(problem, at, size)
+    block = Block(
+        columns=columns,
+        weight=weight,
+        scale=scale,
+        zero=zero if plan.scheme.zero_point == "integer" else None,
+        share=jax.lax.dynamic_slice(problem.share, (at, at), (size, size)),
+        root=jax.lax.dynamic_slice_in_dim(problem.root, at, size),
+    )
+    found = round_block(block, plan.scheme.element, interpret=plan.way == "interpret")
+    return _Part(found.errors, found.codes), state._replace(loss=state.loss + found.loss)
 
 
 def _columns(problem: _Problem, at: Array, size: int) -> Array:
@@ -333,14 +368,12 @@ def _round(column: Array, scale: Array, zero: Array, scheme: Scheme) -> tuple[Ar
 
 
 def _of_rows(per_tile: Array, rows: int) -> Array:
-    """[1, row tiles] to [1, out]."""
+    """[columns, row tiles] to [columns, out]."""
     tile = -(-rows // per_tile.shape[1])
     return per_tile if tile == 1 else jnp.repeat(per_tile, tile, axis=1)[:, :rows]
 
 
-def _open_group(
-    problem: _Problem, state: _State, columns: Array, at: Array, scheme: Scheme, config: GPTQConfig
-) -> _State:
+def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, plan: _Plan) -> _State:
     """Chooses the parameters of the group that begins at `at`; `columns` are compensated for all before it.
 
     Each of them for itself, that is: w_j + c_j, c_j = Σ_{k<at} (w_k − q_k)·R_kj / R_jj. The weights that are best while
@@ -353,7 +386,7 @@ def _open_group(
         weight = _columns(problem, at, size)
         moves = jnp.matmul(problem.settle[index].T, columns - weight, precision=jax.lax.Precision.HIGHEST)
         columns = weight + moves
-    found = _choose(columns, importance, scheme, size, config, problem.outer)
+    found = _choose(columns, importance, plan.scheme, size, plan.config, problem.outer)
     parameters = (
         jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0)
         for whole, part in zip(state.parameters, found, strict=True)
