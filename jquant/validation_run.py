@@ -26,6 +26,7 @@ from jquant.evaluation.validate_config import ValidateConfig
 from jquant.evaluation.validation_report import to_html, to_markdown
 from jquant.io.atomic import replacing
 from jquant.io.json_file import as_text, read_json
+from jquant.kernels.dispatch import on_cpu
 from jquant.models.checkpoint import Checkpoint, open_checkpoint
 from jquant.models.decoder import Decoder
 from jquant.ptq.rtn import quantize_layers
@@ -228,4 +229,4 @@ def _facts(config: ValidateConfig, checkpoint: Checkpoint, reference: Checkpoint
 
 
 def _batch(config: ValidateConfig) -> int:
-    return (1 if jax.default_backend() == "cpu" else 8) if config.batch is None else config.batch
+    return (1 if on_cpu() else 8) if config.batch is None else config.batch

@@ -27,9 +27,9 @@ def round_layers(model: Any, scheme: Any) -> None:
 
 
 def default_batch(batch: int | None) -> int:
-    import jax
+    from jquant.kernels.dispatch import on_cpu
 
-    return (1 if jax.default_backend() == "cpu" else 8) if batch is None else batch
+    return (1 if on_cpu() else 8) if batch is None else batch
 
 
 def refuse_calibration_text(checkpoint: Checkpoint, text: Text) -> None:

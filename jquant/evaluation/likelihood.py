@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jquant.core.errors import InputError
+from jquant.kernels.dispatch import on_cpu
 from jquant.nn.protocol import CausalLM, hidden_states
 
 _SHORTEST = 32
@@ -68,7 +69,7 @@ def likelihoods(
     Raises:
         InputError: a context is empty, or a continuation alone exceeds the longest sequence.
     """
-    tokens_of_pass = (512 if jax.default_backend() == "cpu" else 8192) if pass_tokens is None else pass_tokens
+    tokens_of_pass = (512 if on_cpu() else 8192) if pass_tokens is None else pass_tokens
     found: dict[int, Likelihood] = {}
     lengths = bucket_lengths(max_length)
     buckets: dict[int, list[int]] = {}

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
 from jquant.evaluation.result import Divergence, Perplexity, Protocol, Result, mean_and_stderr
+from jquant.kernels.dispatch import on_cpu
 from jquant.nn.protocol import CausalLM, hidden_states
 
 _ROWS = 128  # rows of logits formed at a time: one product large enough for a GPU, no array of all logits
@@ -184,7 +185,7 @@ def _compared(logits: Array, wanted: Array, other: Array) -> tuple[Array, Array,
 
 def rows_at_a_time() -> int:
     """Rows of logits that are reduced at a time. Several passes read them: on CPU one row a core stays in its cache."""
-    return min(_ROWS, os.cpu_count() or 1) if jax.default_backend() == "cpu" else _ROWS
+    return min(_ROWS, os.cpu_count() or 1) if on_cpu() else _ROWS
 
 
 def _summarize(batches: Sequence[_Sums], windows: Windows, *, compared: bool) -> Evaluation:

@@ -20,9 +20,9 @@ def divide(numerator: Array, divisor: Array) -> Array:
     return divide_by_refinement(numerator, divisor)
 
 
-def whole_ratio(numerator: Array, divisor: Array) -> Array:
-    """The correctly rounded quotient, rounded to a whole number, half to even."""
-    return whole_by_remainder(numerator, divisor, 1 / divisor)
+def whole_ratio(numerator: Array, divisor: Array, inverse: Array) -> Array:
+    """The correctly rounded quotient, rounded to a whole number, half to even; `inverse` is about 1 / divisor."""
+    return whole_by_remainder(numerator, divisor, inverse)
 
 
 def nearest_code(y: Array, element: Element) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.core.errors import InputError
+from jquant.kernels.dispatch import on_cpu
 from jquant.models import rope
 from jquant.models.config import ModelConfig
 from jquant.models.equivalences import equivalences
@@ -236,7 +237,7 @@ def attend_causal(
     """`attend` where no query sees a later key: each stretch of queries meets the keys up to its end and no others."""
     time = queries.shape[2]
     # Shorter ones save more of the upper triangle, longer ones make better products.
-    stretch = max(64, -(-time // 16)) if jax.default_backend() == "cpu" else _LONG_STRETCH
+    stretch = max(64, -(-time // 16)) if on_cpu() else _LONG_STRETCH
     pieces = []
     for start in range(0, time, stretch):
         end = min(start + stretch, time)

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jquant.core.errors import InputError
+from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Context, Decoder, step_context
 
@@ -136,12 +137,12 @@ def _run_length() -> int:
     On an H100, SmolLM2's token took 10.9 ms in runs of 1, 8.2 in runs of 5, and 8.0 in one program of all 30, which
     takes 9 s to compile where runs of 5 take 2.5; on CPU one block a program is as fast as any.
     """
-    return 1 if jax.default_backend() == "cpu" else 5
+    return 1 if on_cpu() else 5
 
 
 def prompt_chunk() -> int:
     """A prompt is read in pieces of this many tokens: one program for every length, and the last piece padded."""
-    return 64 if jax.default_backend() == "cpu" else 512
+    return 64 if on_cpu() else 512
 
 
 @partial(jax.jit, static_argnums=(0, 5))

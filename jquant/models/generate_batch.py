@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from jquant.core.errors import InputError
+from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Decoder, step_context
 from jquant.models.generate import prompt_chunk
@@ -44,7 +45,7 @@ def generate_batch(
     Raises:
         InputError: a prompt is empty or too long.
     """
-    rows = (4 if jax.default_backend() == "cpu" else 32) if rows is None else rows
+    rows = (4 if on_cpu() else 32) if rows is None else rows
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {index} is empty: give at least one token")

@@ -22,6 +22,7 @@ from jquant.core.qtensor import QTensor, choose_parameters, quantize, to_tiles
 from jquant.core.range_search import search_parameters
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.ste import clipped_ste, fake_quantize, ste
+from jquant.kernels.dispatch import on_cpu
 from jquant.nn.rounded_input import check_input_scheme, matrix_of_inputs
 from jquant.nn.w8a8 import static_parameters
 
@@ -179,7 +180,7 @@ class InputQuantizer(FakeQuantModule):
         rows = matrix_of_inputs(x, self.scheme)
         if self.seen is None:
             # A byte an element costs a GPU least memory; on CPU masks are slow, and steps took 6 % longer with them.
-            keep = "input" if jax.default_backend() == "cpu" else "mask"
+            keep = "input" if on_cpu() else "mask"
             quantized = fake_quantize(rows, self.scheme, gradient=_STRAIGHT[self.gradient], keep=keep)
         elif self.gradient == "pact":
             self._check_calibrated()

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jquant.core.qtensor import QTensor, dequantize
+from jquant.kernels.dispatch import multiply_packed
 from jquant.nn.product import einsum, ragged_product
 
 
@@ -70,7 +71,11 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch out"]:
         """The product in `dtype`; by default in that of x."""
         bias = None if self.bias is None else self.bias.get_value()
-        return matmul_transposed(x, dequantize(self.weight.get_value(), x.dtype), bias, dtype=dtype)
+        weight = self.weight.get_value()
+        product = multiply_packed(x, weight)
+        if product is None:
+            return matmul_transposed(x, dequantize(weight, x.dtype), bias, dtype=dtype)
+        return _with_bias(product, bias, x.dtype if dtype is None else dtype)
 
 
 class QuantizedExpertLinear(nnx.Module):
@@ -100,6 +105,8 @@ def matmul_transposed(
 ) -> Float[Array, "*batch out"]:
     """x · Wᵀ + b, accumulated in float32, then rounded to `dtype`, by default that of x."""
     product = einsum("...i,oi->...o", x, weight.astype(x.dtype))
-    if bias is not None:
-        product = product + bias.astype(jnp.float32)
-    return product.astype(x.dtype if dtype is None else dtype)
+    return _with_bias(product, bias, x.dtype if dtype is None else dtype)
+
+
+def _with_bias(product: Float32[Array, "*batch out"], bias: Array | None, dtype: DTypeLike) -> Array:
+    return (product if bias is None else product + bias.astype(jnp.float32)).astype(dtype)

@@ -39,6 +39,7 @@ from jquant.ptq.cholesky import inverse_upper, upper_cholesky
 from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
+_BLOCKS = 8  # of columns that a kernel rounds, between products with all that was lost before
 _SPAN = 512  # errors that go into one product; those of longer stretches are summed
 _TRIES = 6  # dampings that are tried, each ten times the last
 
@@ -189,7 +190,7 @@ class _Plan(NamedTuple):
 def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
     rows, columns = w.shape
     group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
-    levels = _levels(group, config)
+    levels = _levels(group, columns, config, way)
     width = -(-columns // levels[0]) * levels[0]
     weight = jnp.where(factor.dead, 0.0, w.astype(jnp.float32))
     turned = weight.T
@@ -213,8 +214,11 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: di
         importance = jnp.pad(factor.diagonal, (0, -columns % group))
         state = state._replace(parameters=_choose(whole, importance, scheme, group, config, problem.outer))
     plan = _Plan(scheme, group, config, way)
-    part, state = _round_columns(problem, state, None, 0, width, levels, plan)
-    codes = jnp.zeros_like(part.codes).at[order].set(part.codes).T[:, :columns]
+    if way == "jnp":
+        part, state = _round_columns(problem, state, None, 0, width, levels, plan)
+    else:
+        part, state = _round_spans(problem, state, width, levels, plan)
+    codes = part.codes.at[jnp.argsort(order)].get(mode="promise_in_bounds").T[:, :columns]
     groups = None
     if config.act_order == "dynamic" and group < columns:
         groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[:columns])
@@ -228,7 +232,7 @@ def _on_diagonal(matrix: Array, size: int) -> Array:
     return matrix.reshape(count, size, count, size)[jnp.arange(count), :, jnp.arange(count)]
 
 
-def _levels(group: int, config: GPTQConfig) -> tuple[int, ...]:
+def _levels(group: int, columns: int, config: GPTQConfig, way: dispatch.Way) -> tuple[int, ...]:
     """Columns of ever smaller parts, each dividing the one before, the last 1.
 
     Before a part is taken up it is compensated for all that was rounded so far, in one product. The parameters of a
@@ -240,6 +244,10 @@ def _levels(group: int, config: GPTQConfig) -> tuple[int, ...]:
         sizes = [config.block // group * group, group]
     else:
         sizes = [group, _divisor(group, config.block)]
+    if way != "jnp":
+        # Blocks are short there, and few large products beat many small ones: another level above.
+        blocks = -(-columns // sizes[0])
+        sizes = [sizes[0] * -(-blocks // -(-blocks // _BLOCKS)), *sizes]
     return (*dict.fromkeys([*sizes, _divisor(sizes[-1], _INNER), 1]),)
 
 
@@ -251,6 +259,24 @@ def _padded_group(group: int, columns: int, block: int) -> int:
 def _divisor(size: int, limit: int) -> int:
     """The largest divisor of `size` up to `limit`."""
     return next(part for part in range(min(limit, size), 0, -1) if size % part == 0)
+
+
+def _round_spans(
+    problem: _Problem, state: _State, width: int, levels: tuple[int, ...], plan: _Plan
+) -> tuple[_Part, _State]:
+    """`_round_columns` of all, part after part in the program: each knows how many columns are done before it."""
+    size, *smaller = levels
+    parts: list[_Part] = []
+    for at in range(0, width, size):
+        columns = _columns(problem, jnp.int32(at), size)
+        if parts:
+            lost = jnp.concatenate([part.errors for part in parts])
+            columns += jnp.matmul(problem.share[:at, at : at + size].T, lost, precision=_precision(plan))
+        if size == plan.group and plan.config.act_order != "static":
+            state = _open_group(problem, state, columns, jnp.int32(at), plan)
+        part, state = _round_columns(problem, state, columns, at, size, tuple(smaller), plan)
+        parts.append(part)
+    return _Part(*(jnp.concatenate(each) for each in zip(*parts, strict=True))), state
 
 
 def _round_columns(
@@ -275,7 +301,7 @@ def _round_columns(
             columns = _columns(problem, at, size)
         else:
             columns = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
-        columns = columns + _compensation(problem, done.errors, start, index * size, size)
+        columns = columns + _compensation(problem, done.errors, start, index * size, size, plan)
         if size == plan.group and plan.config.act_order != "static":
             state = _open_group(problem, state, columns, at, plan)
         if _in_one_kernel(size, plan):
@@ -321,7 +347,7 @@ def _columns(problem: _Problem, at: Array, size: int) -> Array:
     return problem.weight.at[chosen].get(mode="promise_in_bounds")
 
 
-def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int) -> Array:
+def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int, plan: _Plan) -> Array:
     """What `errors` of the columns from `start` on leave to the `size` columns after the `done` first; [size, out].
 
     The errors of columns not rounded yet are 0, so slices need no exact end.
@@ -331,10 +357,10 @@ def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Ar
     def of_span(span: int, begin: Array | int) -> Array:
         shares = jax.lax.dynamic_slice(problem.share, (start + begin, start + done), (span, size))
         left = jax.lax.dynamic_slice(errors, (begin, 0), (span, rows))
-        return jnp.matmul(shares.T, left, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(shares.T, left, precision=_precision(plan))
 
     span = _divisor(length // size, max(1, _SPAN // size)) * size
-    if span == length:
+    if span == length or plan.way != "jnp":  # a loop of unknown length would wait for the host at every turn
         return of_span(length, 0)
     return jax.lax.fori_loop(
         0,
@@ -342,6 +368,11 @@ def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Ar
         lambda index, sum_: sum_ + of_span(span, index * span),
         jnp.zeros((size, rows), jnp.float32),
     )
+
+
+def _precision(plan: _Plan) -> jax.lax.PrecisionLike:
+    """On a GPU three products of TF32 are as exact as one of float32, and faster (2e-7 either, H100)."""
+    return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if plan.way == "kernel" else jax.lax.Precision.HIGHEST
 
 
 def _round_column(problem: _Problem, state: _State, column: Array, at: Array, scheme: Scheme) -> tuple[_Part, _State]:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.core.errors import InputError
+from jquant.kernels.dispatch import on_cpu
 from jquant.nn.surgery import Path
 from jquant.ptq.block import rule_needs_data
 from jquant.ptq.methods import SOLVERS
@@ -109,7 +110,7 @@ def _rate() -> float:
 
 def _available() -> int | None:
     """Free bytes where the arrays will lie."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         stats = jax.local_devices()[0].memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
     try:

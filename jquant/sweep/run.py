@@ -18,6 +18,7 @@ from jquant.data.blocks import TextTokenizer, Windows, check_disjoint, text_wind
 from jquant.data.text import load_text
 from jquant.evaluation.result import Protocol
 from jquant.evaluation.scoring import prepare_reference
+from jquant.kernels.dispatch import on_cpu
 from jquant.models.checkpoint import Checkpoint, open_checkpoint
 from jquant.models.decoder import check_length
 from jquant.ptq.rtn import selected_layers
@@ -261,7 +262,7 @@ def _definition(config: SweepConfig, checkpoint: Checkpoint, windows: Windows) -
 
 
 def _batch(config: SweepConfig) -> int:
-    return (1 if jax.default_backend() == "cpu" else 8) if config.batch is None else config.batch
+    return (1 if on_cpu() else 8) if config.batch is None else config.batch
 
 
 def _environment() -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jquant.core.division import (
-    divide_by_refinement,
     _whole_by_remainder,
+    divide_by_refinement,
     exact_divide,
     exact_ratio,
     refine,

@@ -1,0 +1,304 @@
+"""Times jquant on one GPU against what the device allows: each figure with its floor, what it is beside, and its bar.
+
+    python scripts/bench_gpu.py                       # everything, some eight minutes on an H100
+    python scripts/bench_gpu.py --only gptq,packed    # some of the works: see WORKS below
+    python scripts/bench_gpu.py --small               # tiny sizes, to see on a CPU that it runs
+
+Floors: bytes that must be moved over the bandwidth of a copy, operations over the rate of a matrix product, both
+measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
+a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
+
+What was measured on an H100 (jax 0.11.2) and what limits each row is in the docstring of `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jquant
+from jquant.calib import gram
+from jquant.core.qtensor import QTensor
+from jquant.kernels import dispatch
+from jquant.models.config import ModelConfig
+from jquant.models.decoder import Decoder
+from jquant.models.generate import generate
+from jquant.nn.linear import matmul_transposed
+from jquant.nn.w8a8 import W8A8Linear
+from jquant.ptq import gptq
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What was measured of it first."""
+
+    bandwidth: float  # bytes a second, read and written
+    rates: dict[str, float]  # operations a second of a matrix product
+    small: bool
+
+    def side(self, size: int) -> int:
+        """The size, or a tiny one."""
+        return max(256, size // 32) if self.small else size
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"of {','.join(WORKS)}")
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    arguments = parser.parse_args()
+    chosen = list(WORKS) if arguments.only is None else arguments.only.split(",")
+    device = measured(small=arguments.small)
+    rates = ", ".join(f"{name} {rate / 1e12:.0f}e12" for name, rate in device.rates.items())
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copy {device.bandwidth / 1e9:.0f} GB/s, {rates} /s")
+    for name in chosen:
+        try:
+            WORKS[name](device)
+        except Exception:
+            traceback.print_exc(limit=-4)
+        jax.clear_caches()
+
+
+def measured(*, small: bool) -> Device:
+    side = 256 if small else 8192
+    x = jax.random.normal(jax.random.key(0), (side, side), BF16)
+    bandwidth = 4 * side**2 / seconds(lambda x: x * BF16(1.5), x)
+    rates = {}
+    for name, dtype, out in (("bf16", BF16, F32), ("int8", jnp.int8, jnp.int32), ("fp8", jnp.float8_e4m3fn, F32)):
+        a = (10 * x).astype(dtype)
+        rates[name] = 2 * side**3 / seconds(lambda a, out=out: product(a, a, out), a, times=5)
+    return Device(bandwidth=bandwidth, rates=rates, small=small)
+
+
+def product(x: jax.Array, w: jax.Array, out: Any) -> jax.Array:
+    """x · wᵀ."""
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=out)
+
+
+def seconds(f: Callable[..., Any], *operands: Any, times: int = 30, runs: int = 5) -> float:
+    """Of one call among many that follow each other; the median of several such rows."""
+    compiled = jax.jit(f)
+    jax.block_until_ready(compiled(*operands))
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        for _ in range(times):
+            last = compiled(*operands)
+        jax.block_until_ready(last)
+        found.append((time.perf_counter() - start) / times)
+    return statistics.median(found)
+
+
+def once(f: Callable[[], Any], runs: int = 3) -> float:
+    """Seconds of a call by itself, the median."""
+    jax.block_until_ready(f())
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def row(what: str, took: float, floor: float | None = None, bar: float | None = None, note: str = "") -> None:
+    """In milliseconds; `bar` is what it may take."""
+    text = f"{what:58} {took * 1e3:9.3f} ms"
+    text += "" if floor is None else f"   floor {floor * 1e3:9.3f}, {took / floor:5.2f} ×"
+    text += "" if bar is None else f"   bar {bar * 1e3:9.3f} {'met' if took <= bar else 'MISSED'}"
+    print(text + (f"   {note}" if note else ""), flush=True)
+
+
+def gram_matrix(device: Device) -> None:
+    """131072 × 4096, bfloat16 in, float32 sums. Floor: all products, of which symmetry saves three eighths."""
+    rows, width = device.side(131072), device.side(4096)
+    x = jax.random.normal(jax.random.key(0), (rows, width), BF16)
+    took = seconds(lambda x: gram.update(gram.init(width), x).products, x, times=10)
+    row(f"Gram matrix {rows} × {width}", took, 2 * rows * width**2 / device.rates["bf16"], 8e-3)
+
+
+_SOLVES = {(4096, 4096): (13e-3, 0.00707), (4096, 14336): (16e-3, 0.00681), (14336, 4096): (190e-3, 0.00227)}
+_CONFIGS = {"static, range of the weights": gptq.GPTQConfig(range="minmax"), "default": gptq.GPTQConfig()}
+
+
+def problem(device: Device, inputs: int, outputs: int) -> tuple[jax.Array, gram.Gram]:
+    """A weight, and the Gram matrix of 4096 samples whose channels differ log-normally."""
+    inputs, outputs = device.side(inputs), device.side(outputs)
+    scales = jnp.exp(jax.random.normal(jax.random.key(1), (inputs,)))
+    x = jax.random.normal(jax.random.key(0), (4096, inputs)) * scales
+    return jax.random.normal(jax.random.key(2), (outputs, inputs)), gram.finalize(gram.update(gram.init(inputs), x))
+
+
+def gptq_solves(device: Device) -> None:
+    scheme = jquant.scheme("int4:g128")
+    for (inputs, outputs), (bar, error_bar) in _SOLVES.items():
+        weight, known = problem(device, inputs, outputs)
+        for name, config in _CONFIGS.items():
+            took = once(lambda config=config: gptq.solve(weight, known, scheme, config=config).qtensor)
+            wrong = jquant.dequantize(gptq.solve(weight, known, scheme, config=config).qtensor) - weight
+            error = float(jnp.sum((wrong @ known.matrix) * wrong) / jnp.sum((weight @ known.matrix) * weight))
+            what = f"GPTQ int4 g128, {inputs} in, {outputs} out, {name}"
+            row(what, took, None, bar, f"error {error:.5f} (llm-compressor's {error_bar})")
+
+
+def gptq_six(device: Device) -> None:
+    """Schemes share statistics and factor."""
+    weight, known = problem(device, 4096, 14336)
+    specs = ("int4:g128", "int4:g64", "int3:g128", "int4:g128:asym", "int3:g64:asym", "nf4:g64")
+    config = _CONFIGS["default"]
+
+    def solve(chosen: tuple[str, ...]) -> list[QTensor]:
+        factor = gptq.factorize(known, config=config)
+        return [gptq.solve_with(weight, factor, jquant.scheme(spec), config=config).qtensor for spec in chosen]
+
+    one, six = once(lambda: solve(specs[:1])), once(lambda: solve(specs))
+    row("six GPTQ schemes on a layer of 4096 in, 14336 out", six, None, 2.5 * one, f"{six / one:.2f} × one")
+
+
+def llama(device: Device, layers: int) -> Decoder:
+    """Llama 3 8B's shape with a small vocabulary, weights drawn on the device."""
+    config = ModelConfig(
+        architecture="llama",
+        vocab_size=32000,
+        hidden_size=device.side(4096),
+        intermediate_size=device.side(14336),
+        num_layers=2 if device.small else layers,
+        num_heads=4 if device.small else 32,
+        num_kv_heads=2 if device.small else 8,
+        head_dim=64 if device.small else 128,
+        norm_eps=1e-5,
+        max_length=8192,
+    )
+    return Decoder(config, dtype=BF16, rngs=nnx.Rngs(0))
+
+
+def pipeline(device: Device) -> None:
+    """GPTQ of a whole model, compiling included; nothing touches a disk."""
+    windows, length = (4, 64) if device.small else (128, 2048)
+    model = llama(device, 32)
+    tokens = np.random.default_rng(0).integers(0, 32000, (windows, length)).astype(np.int32)
+    step = jquant.Step("gptq", (("range", "minmax"),))
+    recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g128", method=step),))
+    parts: list[float] = []
+    start = time.perf_counter()
+    batches = list(tokens.reshape(-1, 4, length))
+    jquant.quantize_model(model, recipe, batches, progress=lambda event: parts.append(event.seconds))
+    took = time.perf_counter() - start
+    floor = 2 * windows * length * 218e6 * 32 * 1.3 / device.rates["bf16"]  # the walk, and Gram matrices by symmetry
+    note = f"first block {parts[0]:.1f} s, then {statistics.median(parts[1:-1] or parts):.2f} s each"
+    row(f"GPTQ of a model of Llama 3 8B's shape, {windows} × {length} tokens", took, floor, 60.0, note)
+
+
+def fake_quant(device: Device) -> None:
+    side = device.side(8192)
+    x, floor = jax.random.normal(jax.random.key(0), (side, side), BF16), 4 * side**2 / device.bandwidth
+    for spec in ("int4:g128", "int8:channel"):
+        scheme = jquant.scheme(spec)
+        took = seconds(lambda x, scheme=scheme: dispatch.fake_quantize(x, scheme), x)
+        plain = seconds(lambda x, scheme=scheme: jquant.fake_quantize(x, scheme), x)
+        bar = 108e-6 if spec == "int4:g128" else None
+        row(f"fake-quant {spec}, {side}²", took, floor, bar, f"XLA {plain * 1e3:.3f}")
+
+
+def packed(device: Device) -> None:
+    """Three weights in turn, so that none is in the L2 cache, in one compiled loop."""
+    side = device.side(8192)
+    weights = [jax.random.normal(jax.random.key(i), (side, side), BF16) for i in range(3)]
+
+    def chained(batch: int, apply: Callable[[jax.Array, Any], jax.Array], operands: list[Any]) -> float:
+        x = jax.random.normal(jax.random.key(9), (batch, side), BF16)
+
+        def turn(_: Any, x: jax.Array) -> jax.Array:
+            for operand in operands:
+                x = (0.01 * apply(x, operand)).astype(BF16)
+            return x
+
+        return once(lambda: loop(x)) / 60 if (loop := jax.jit(lambda x: jax.lax.fori_loop(0, 20, turn, x))) else 0.0
+
+    def ours(x: jax.Array, q: QTensor) -> jax.Array:
+        found = dispatch.multiply_packed(x, q)
+        return matmul_transposed(x, jquant.dequantize(q, BF16)) if found is None else found
+
+    bars = {1: 2.8, 16: 2.0, 128: 1.0, 2048: 0.9}
+    plain = {batch: chained(batch, matmul_transposed, weights) for batch in bars}
+    int4 = 0.0
+    for spec in ("int4:g128", "nf4:g128", "mxfp4", "nvfp4", "fp8_e4m3:channel", "int8:channel"):
+        packed = [jquant.quantize(weight, jquant.scheme(spec)) for weight in weights]
+        for batch in bars if spec == "int4:g128" else (1,):
+            took = chained(batch, ours, packed)
+            reading, multiplying = packed[0].nbytes / device.bandwidth, 2 * batch * side**2 / device.rates["bf16"]
+            int4 = took if (spec, batch) == ("int4:g128", 1) else int4
+            bar = (
+                plain[batch] / bars[batch]
+                if spec == "int4:g128"
+                else 1.2 * int4
+                if packed[0].bits_per_weight < 5
+                else None
+            )
+            note = f"{plain[batch] / took:.2f} × as fast as bf16"
+            row(f"{spec} product, {side}², batch {batch}", took, max(reading, multiplying), bar, note)
+
+
+def w8a8(device: Device) -> None:
+    """The inputs quantized a token, multiplied as codes, scaled: against the product of codes alone."""
+    side = device.side(8192)
+    weight = jax.random.normal(jax.random.key(0), (side, side), BF16)
+    x = jax.random.normal(jax.random.key(1), (side, side), BF16)
+    for kind, weights, inputs in (
+        ("int8", "int8:channel", "int8:token"),
+        ("fp8", "fp8_e4m3:channel", "fp8_e4m3:token"),
+    ):
+        layer = W8A8Linear(jquant.quantize(weight, jquant.scheme(weights)), activation=jquant.scheme(inputs))
+        graphdef, state = nnx.split(layer)
+        took = seconds(lambda s, x, g=graphdef: nnx.merge(g, s)(x), state, x, times=10)
+        alone = 2 * side**3 / device.rates[kind]
+        row(f"W8A8 {kind}, {side}³", took, alone, alone / 0.85, f"{alone / took:.0%} of the product alone")
+
+
+def inference(device: Device) -> None:
+    """Tokens of 8 blocks of Llama 3 8B's shape at batch 1, bfloat16 and packed."""
+    prompt = np.arange(64) % 250
+    for spec in (None, "int4:g128", "int8:channel", "fp8_e4m3:channel"):
+        model = llama(device, 8)
+        if spec is not None:
+            jquant.quantize_layers(model, jquant.scheme(spec))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+        tokens = generate(model, prompt, max_tokens=8 if device.small else 64)
+        next(tokens), next(tokens)
+        start = time.perf_counter()
+        count = len(list(tokens))
+        took = (time.perf_counter() - start) / count
+        row(
+            f"a token, 8 blocks of 8B's shape, {spec or 'bf16'}",
+            took,
+            held / device.bandwidth,
+            None,
+            f"{held / 1e9:.2f} GB",
+        )
+
+
+WORKS: dict[str, Callable[[Device], None]] = {
+    "gram": gram_matrix,
+    "gptq": gptq_solves,
+    "six": gptq_six,
+    "fake-quant": fake_quant,
+    "packed": packed,
+    "w8a8": w8a8,
+    "inference": inference,
+    "pipeline": pipeline,
+}
+
+
+if __name__ == "__main__":
+    main()
