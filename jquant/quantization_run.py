@@ -87,7 +87,9 @@ def quantize_checkpoint(
         expected.check(on_disk=spill)
         store = OnDisk(workdir.path) if spill else InMemory()
         try:
-            coverage = quantize_blocks(source, recipe, batches, workdir=workdir, store=store, mesh=mesh, progress=progress)
+            coverage = quantize_blocks(
+                source, recipe, batches, workdir=workdir, store=store, mesh=mesh, progress=progress
+            )
         finally:
             if isinstance(store, OnDisk):
                 store.close()
@@ -96,6 +98,7 @@ def quantize_checkpoint(
             "source_sha256": definition["source_sha256"],
             "recipe": recipe.as_json(),
             "calibration": definition["calibration"],
+            "mesh": definition["mesh"],
             "jquant": __version__,
             "jax": jax.__version__,
         }

@@ -21,6 +21,7 @@ def quantize_command(config: QuantizeConfig) -> None:
     from jquant.io.native import check_new_folder
     from jquant.models.checkpoint import open_checkpoint
     from jquant.nn.matrices import layer_shapes
+    from jquant.nn.mesh import make_mesh
     from jquant.ptq.coverage import render
     from jquant.ptq.pipeline import Event
     from jquant.ptq.presets import calibrated, find_recipe
@@ -28,6 +29,7 @@ def quantize_command(config: QuantizeConfig) -> None:
     from jquant.quantization_run import quantize_checkpoint
 
     check_new_folder(config.out)
+    mesh = make_mesh(config.mesh)
     checkpoint = open_checkpoint(config.model)
     shapes = layer_shapes(checkpoint.abstract(dtype=config.dtype))
     if config.scheme is not None:
@@ -51,9 +53,10 @@ def quantize_command(config: QuantizeConfig) -> None:
             recipe,
             config.out,
             calibration=windows,
-            batch=default_batch(config.batch),
+            batch=default_batch(config.batch, mesh),
             dtype=config.dtype,
             spill=config.spill,
+            mesh=mesh,
             on_estimate=lambda estimate: new_console(stderr=True).print(f"[dim]{estimate}[/dim]", highlight=False),
             progress=heard,
         )

@@ -53,19 +53,25 @@ def in_all(action: Callable[[], Any]) -> Any:
     """What `action` gives here, once it is done in all processes; an InputError of any of them is raised in all."""
     if not several():
         return action()
-    call, error, value = next(_calls), None, None
+    error, value = None, None
     try:
         value = action()
     except InputError as raised:
         error = raised
-    _client().key_value_set(f"jquant/all/{call}/{_state().process_id}", "" if error is None else str(error))
-    said = [_get(f"jquant/all/{call}/{process}", process) for process in range(_state().num_processes)]
+    said = hear_all("" if error is None else str(error))
     if error is not None:
         raise error
     for process, text in enumerate(said):
         if text:
             raise InputError(f"process {process}: {text}")
     return value
+
+
+def hear_all(text: str) -> list[str]:
+    """What each process says, this one `text`."""
+    call = next(_calls)
+    _client().key_value_set(f"jquant/all/{call}/{_state().process_id}", text)
+    return [_get(f"jquant/all/{call}/{process}", process) for process in range(_state().num_processes)]
 
 
 def _get(key: str, process: int) -> str:

@@ -1,8 +1,8 @@
 """The devices of a run by name: `data=2,fsdp=4,tensor=2`.
 
 data      batches are spread over it, parameters copied
-fsdp      parameters are cut over it; training spreads batches over it too, and gathers a layer at a time where it is used
-tensor    parameters are cut over it and stay so: each device computes its own rows of a layer's outputs
+fsdp      parameters are cut over it; training spreads batches over it too, and gathers a parameter where it is used
+tensor    parameters are cut over it and stay so: each device computes its own part of a layer's outputs
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jquant.core.errors import InputError
+from jquant.io.processes import several
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)  # in this order devices are counted: those that cut a layer stand closest
@@ -31,10 +32,15 @@ def make_mesh(spec: str) -> Mesh | None:
     """
     sizes = parse_mesh(spec)
     if not sizes:
+        if several():
+            there = jax.device_count()
+            raise InputError(
+                f"{jax.process_count()} processes with {there} devices: say how to use them, as data={there}"
+            )
         return None
     wanted, there = math.prod(sizes.values()), jax.device_count()
-    if wanted > there or (jax.process_count() > 1 and wanted != there):
-        of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    if wanted > there or (several() and wanted != there):
+        of = f" of {jax.process_count()} processes" if several() else ""
         raise InputError(
             f"mesh {spec!r} asks for {wanted} devices, there are {there}{of}: {_named(jax.devices())}; "
             f"choose sizes whose product is {there}"

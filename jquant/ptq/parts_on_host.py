@@ -26,6 +26,6 @@ def from_parts(shape: Sequence[int], sharding: Any, parts: Mapping[Begin, np.nda
     return jax.make_array_from_callback(tuple(shape), sharding, lambda index: parts[begin_of(index)])
 
 
-def begin_of(index: tuple[slice, ...]) -> Begin:
+def begin_of(index: Any) -> Begin:
     """Where the part with this index begins."""
     return tuple(0 if axis.start is None else int(axis.start) for axis in index)
