@@ -91,6 +91,7 @@ def qat_command(config: QATCommand) -> None:
     from jquant.data.text import load_text
     from jquant.models.checkpoint import open_checkpoint
     from jquant.models.save import packed_bits
+    from jquant.nn.mesh import make_mesh
     from jquant.qat.progress import shown_progress
     from jquant.qat.rules import find_recipe
     from jquant.qat_run import Distillation, check_out, train_checkpoint
@@ -119,7 +120,7 @@ def qat_command(config: QATCommand) -> None:
                 remat=config.remat,
             ),
             evaluation=evaluation,
-            eval_batch=default_batch(None),
+            eval_batch=default_batch(None, make_mesh(config.mesh)),
             announce=lambda said: console.print(said, highlight=False, markup=False),
             listen=listen,
         )

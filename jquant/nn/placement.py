@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
+from jquant.io.processes import several
 from jquant.nn.mesh import DATA, FSDP, TENSOR, axis_size
 from jquant.nn.surgery import Path
 
@@ -26,7 +27,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"(^|\.)embed\.", -1),  # rows are looked up: cut along hidden, no device holds all of a token
     (r"", -2),  # W[out, in] along out
 )
-CUTTING = (FSDP, TENSOR)
+CUTTING = (TENSOR, FSDP)  # in this order what is gathered over "fsdp" are neighbours
 
 
 def parameter_sharding(path: Path, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] = CUTTING) -> NamedSharding:
@@ -62,27 +63,30 @@ def placed(path: Path, value: Any, mesh: Mesh | None) -> Any:
     """A tensor on the devices. Of one in host memory each device is given its own part and no other."""
     if mesh is None:
         return jax.device_put(value)
-    return jax.tree.map(_put, value, tensor_shardings(path, value, mesh))
+    return jax.tree.map(put, value, tensor_shardings(path, value, mesh))
 
 
 def place_module(module: nnx.Module, mesh: Mesh, *, prefix: str = "") -> None:
     """Puts every array of a module where the rules have it, in place."""
-
-    def put(keys: tuple[Any, ...], variable: Any) -> Any:
-        if not isinstance(variable, nnx.Variable) or variable.get_value() is None:
-            return variable
-        path = prefix + ".".join(str(getattr(key, "key", key)) for key in keys)
-        return variable.replace(placed(path, variable.get_value(), mesh))
-
     state = nnx.state(module)
-    nnx.update(
-        module, jax.tree_util.tree_map_with_path(put, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    )
+    nnx.update(module, jax.tree.map(put, state, state_shardings(state, mesh, prefix=prefix)))
+
+
+def state_shardings(state: Any, mesh: Mesh, axes: Sequence[str] = CUTTING, *, prefix: str = "") -> Any:
+    """Where the arrays of a module's state lie, in a tree of the same structure."""
+
+    def place(keys: tuple[Any, ...], variable: Any) -> Any:
+        path = prefix + ".".join(str(getattr(key, "key", key)) for key in keys)
+        if not isinstance(variable, nnx.Variable):
+            return tensor_shardings(path, variable, mesh, axes)
+        return variable.replace(tensor_shardings(path, variable.get_value(), mesh, axes))
+
+    return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def copied(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays whole on every device."""
-    return tree if mesh is None else jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+    return tree if mesh is None else jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def spread_batch(tree: Any, mesh: Mesh | None) -> Any:
@@ -95,12 +99,12 @@ def spread_batch(tree: Any, mesh: Mesh | None) -> Any:
         return tree
     size = axis_size(mesh, DATA)
 
-    def put(array: Any) -> jax.Array:
+    def spread(array: Any) -> jax.Array:
         if array.shape[0] % size:
             raise InputError(f"a batch of {array.shape[0]} on {size} devices: it must divide; choose another batch")
-        return _put(array, batch_sharding(mesh))
+        return put(array, batch_sharding(mesh))
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(spread, tree)
 
 
 def batch_sharding(mesh: Mesh | None) -> Any:
@@ -124,11 +128,13 @@ def _replicate(mesh: Any) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def _put(value: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """An array where it shall lie. From host memory each device is given its own part."""
+    if isinstance(value, jax.Array) and not (several() and value.is_fully_addressable):
         return jax.device_put(value, sharding)
-    if jax.process_count() == 1 and isinstance(value, jax.Array):
-        return jax.device_put(value, sharding)
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        words = put(jax.random.key_data(value), sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(value))
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
