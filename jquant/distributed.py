@@ -37,14 +37,14 @@ def start(options: ProcessOptions) -> None:
     Raises:
         InputError: the coordinator is not reached, processes are missing, or their versions differ.
     """
+    deadline = time.monotonic() + options.startup_timeout
+    if options.coordinator is not None and options.process:
+        _wait_for_coordinator(options.coordinator, deadline)
     _say_when_aborted(
         f"the {options.processes or 'other'} processes did not all reach the coordinator "
         f"{options.coordinator or 'that the cluster names'} within {options.startup_timeout} s: are all started, with "
         "the same --coordinator and --processes, and is its port open?"
     )
-    deadline = time.monotonic() + options.startup_timeout
-    if options.coordinator is not None and options.process:
-        _wait_for_coordinator(options.coordinator, deadline)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(

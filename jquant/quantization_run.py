@@ -82,7 +82,7 @@ def quantize_checkpoint(
             workdir.publish(out)
             return Coverage.from_json(read_json(out / "coverage.json"))
         tokens = 0 if calibration is None else calibration.tokens.size
-        expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize)
+        expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize, mesh=mesh)
         on_estimate(expected)
         expected.check(on_disk=spill)
         store = OnDisk(workdir.path) if spill else InMemory()

@@ -71,6 +71,24 @@ def test_a_coordinator_that_is_not_there_is_named(tiny: Path, capsys: pytest.Cap
     assert "did not all reach the coordinator" in error.splitlines()[-1]
 
 
+def test_a_folder_that_not_all_see_is_named(tiny: Path, tmp_path: Path) -> None:
+    """Each process stands in a folder of its own, and --out is relative."""
+    before = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        place = f"os.chdir({str(tmp_path / name)!r})"
+        before.append(f"import os; import jquant.io.folder_lock as lock; {place}; lock.SHOWN_WITHIN_S = 1;")
+    command = ["quantize", str(tiny), "--scheme", "int4:g32", "--out", "out", *MESH]
+    with started(command, command, before=before) as processes:
+        results = ended(processes, seconds=60)
+    for code, _, error in results:
+        assert code == 2, error
+        assert (
+            "does not see there what process 0 wrote 1 s ago: choose an --out in a folder that all hosts share" in error
+        )
+        assert ".out.unfinished" in error
+
+
 def test_options_that_do_not_belong_together_are_refused() -> None:
     for options, message in (
         ({"coordinator": "host:1"}, "belong together"),

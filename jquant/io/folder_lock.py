@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from jquant.core.errors import InputError
-from jquant.io.processes import is_writer, on_writer
+from jquant.io.processes import in_all, is_writer, on_writer, several
 
 try:
     import fcntl
 except ImportError:  # Windows: there, two runs in one folder are not told from each other
     fcntl = None
 
+SHOWN_WITHIN_S = 30  # a shared file system may show a new file late
 LOCKS = fcntl is not None  # whether a folder in use can be told from one that a killed process left
 
 
@@ -27,10 +31,39 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """
     handle = on_writer(lambda: lock(folder))
     try:
+        if several():
+            _check_shared(folder)
         yield
     finally:
         if handle is not None and is_writer():
             os.close(handle)
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises InputError where a process does not see what the writer puts into the folder."""
+    name = on_writer(lambda: _new_file(folder))
+
+    def look() -> None:
+        deadline = time.monotonic() + SHOWN_WITHIN_S
+        while name not in os.listdir(folder if folder.is_dir() else os.curdir):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{folder.absolute()}: {socket.gethostname()} does not see there what process 0 wrote "
+                    f"{SHOWN_WITHIN_S} s ago: choose an --out in a folder that all hosts share"
+                )
+            time.sleep(0.2)
+
+    try:
+        in_all(look)
+    finally:
+        if is_writer():
+            (folder / name).unlink(missing_ok=True)
+
+
+def _new_file(folder: Path) -> str:
+    handle, name = tempfile.mkstemp(prefix=".shared-", dir=folder)
+    os.close(handle)
+    return Path(name).name
 
 
 @contextlib.contextmanager

@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,6 @@ from jquant.ptq.parts_on_host import Begin, begin_of, from_parts, parts_of
 
 _DEFINITION = "definition.json"
 _PARTS = "parts"
-_SEEN_S = 30  # a shared file system may show a new folder late
 
 
 class Workdir:
@@ -183,7 +180,6 @@ def open_workdir(path: Path, definition: Mapping[str, Any]) -> Iterator[Workdir]
         workdir = Workdir(path)
         complete_already = workdir.is_complete
         on_writer(lambda: _prepare(path, definition, is_complete=complete_already))
-        in_all(lambda: _check_seen(path))
         yield workdir
 
 
@@ -199,18 +195,6 @@ def _prepare(path: Path, definition: Mapping[str, Any], *, is_complete: bool) ->
     elif not is_complete:
         with replacing(path / _DEFINITION) as file:
             file.write((json.dumps(definition, indent=1) + "\n").encode())
-
-
-def _check_seen(path: Path) -> None:
-    """Raises InputError where this process does not see the folder that another has made."""
-    deadline = time.monotonic() + _SEEN_S
-    while not path.is_dir() or not any(path.iterdir()):
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"{path}: not seen on {socket.gethostname()} {_SEEN_S} s after process 0 made it: --out must lie in a "
-                "folder that all hosts share"
-            )
-        time.sleep(0.2)
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
