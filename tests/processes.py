@@ -22,7 +22,11 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(
-    *commands: Sequence[str], before: Sequence[str] = (), timeouts: tuple[int, int] = (60, 10), count: int | None = None
+    *commands: Sequence[str],
+    before: Sequence[str] = (),
+    timeouts: tuple[int, int] = (60, 10),
+    count: int | None = None,
+    slurm: bool = False,
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """One process for each command, as many as `count` says of one run; ended with the block.
 
@@ -31,6 +35,7 @@ def started(
         before: Python that a process runs first, by process.
         timeouts: to start within, and between heartbeats.
         count: how many there are said to be.
+        slurm: they learn it from the variables that srun sets.
     """
     port, running = free_port(), []
     environment = {
@@ -42,17 +47,23 @@ def started(
     try:
         for index, command in enumerate(commands):
             program = (before[index] if index < len(before) else "") + PROGRAM
-            words = [
-                *command,
-                *("--coordinator", f"127.0.0.1:{port}", "--processes", str(count or len(commands))),
-                *("--process", str(index)),
-                *("--startup-timeout", str(timeouts[0]), "--heartbeat-timeout", str(timeouts[1])),
-            ]
+            meeting = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count or len(commands))]
+            meeting = ["--distributed", "auto"] if slurm else [*meeting, "--process", str(index)]
+            limits = ["--startup-timeout", str(timeouts[0]), "--heartbeat-timeout", str(timeouts[1])]
+            variables = {
+                "SLURM_JOB_ID": str(port),  # of which jax makes a port
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_JOB_NUM_NODES": "1",
+                "SLURM_NTASKS": str(len(commands)),
+                "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+                "SLURM_NODEID": "0",
+            }
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", program, *words],
+                    [sys.executable, "-c", program, *command, *meeting, *limits],
                     cwd=ROOT,
-                    env=environment,
+                    env={**environment, **(variables if slurm else {})},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,

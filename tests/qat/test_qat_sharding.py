@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -10,7 +11,10 @@ from jax.sharding import PartitionSpec
 from jquant.core.errors import InputError
 from jquant.nn.mesh import make_mesh
 from jquant.nn.placement import parameter_shardings
+from jquant.qat.config import QATConfig
 from jquant.qat.sharding import spread_rows, train_state_shardings
+from jquant.qat.trainer import _Run
+from tests.qat.small import Net, batches, squared_error
 
 
 def test_places_follow_the_paths() -> None:
@@ -45,6 +49,17 @@ def test_places_follow_the_paths() -> None:
     )
     rows = spread_rows(jnp.zeros((3, 16, 5)), mesh)
     assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 2, 5)}
+
+
+def test_a_step_leaves_everything_in_parts() -> None:
+    """Masters and moments after a step; each device holds a quarter of a matrix and no more."""
+    config = QATConfig(steps=2, batch=8, warmup_steps=0, mesh="data=2,fsdp=2,tensor=2").with_steps(40)
+    run = _Run(Net(dropout=0.0), squared_error, batches(config), config, None, None)
+    state, _ = run.step(run.structure, None, run.state, run.fixed, None, run._next_batch())
+    matrices = [leaf for leaf in jax.tree.leaves((state.trained, state.optimizer)) if leaf.ndim >= 2]
+    assert len(matrices) == 6  # two layers, with their means and mean squares
+    for leaf in matrices:
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 4}
 
 
 def test_what_is_refused() -> None:
