@@ -49,8 +49,8 @@ def make_step(
         dtype: of computation; gradients and masters are float32.
         shardings: of the state; None where there is one device. A parameter that is cut over "fsdp" is gathered over it
             where it is used, in the dtype of computation, and its gradient scattered (Rajbhandari et al., ZeRO,
-            1910.02054, stage 3); so are the teacher's and those that are not trained. Cuts over "tensor" stay. XLA decides
-            how long what was gathered is held: on CPU it is all of it at once.
+            1910.02054, stage 3); so are the teacher's and those that are not trained. Cuts over "tensor" stay. XLA
+            decides how long what was gathered is held: on CPU it is all of it at once.
         mesh: of the shardings.
 
     The arrays of `state` are donated. Leaves of `batch` are [microbatches, rows, …]. A change of the structure, as

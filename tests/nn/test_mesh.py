@@ -63,7 +63,7 @@ def test_batches_and_small_arrays() -> None:
     assert spread_batch(1, None) == 1
 
 
-@pytest.mark.parametrize("spec", [None, "int4:g32:asym", "nf4:g32:dq"])
+@pytest.mark.parametrize("spec", [None, "int4:g32:asym", pytest.param("nf4:g32:dq", marks=pytest.mark.slow)])
 def test_a_checkpoint_is_loaded_in_parts(spec: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Each device is given its own rows and no whole matrix; packed codes likewise."""
     model = open_checkpoint(write(tmp_path_factory.mktemp("tiny") / "model")).model(mesh=mesh_for())
