@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jquant.models.generate import Sampling as Sampling
     from jquant.models.generate import generate as generate
     from jquant.models.save import save as save
+    from jquant.nn.mesh import make_mesh as make_mesh
     from jquant.ptq.coverage import Coverage as Coverage
     from jquant.ptq.pipeline import quantize_model as quantize_model
     from jquant.ptq.presets import preset as preset
@@ -86,6 +87,7 @@ _HOME = {
     "Sampling": "models.generate",
     "generate": "models.generate",
     "save": "models.save",
+    "make_mesh": "nn.mesh",
     "Coverage": "ptq.coverage",
     "quantize_model": "ptq.pipeline",
     "preset": "ptq.presets",

@@ -48,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"jquant {__version__}")
         return 0
+    code = _reported(words)
+    if "jquant.distributed" in sys.modules:
+        sys.modules["jquant.distributed"].leave(code)
+    return code
+
+
+def _reported(words: list[str]) -> int:
+    """Runs a command; what goes wrong is told."""
     try:
         if words[0] not in COMMANDS:
             raise InputError(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
@@ -55,7 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             advise_by_questions()
             return 0
         config_type, run = COMMANDS[words[0]]
-        code = run(_parse(config_type, words[0], words[1:]))
+        config = _parse(config_type, words[0], words[1:])
+        if hasattr(config, "hosts") and config.hosts.asked_for:
+            from jquant.distributed import start
+
+            start(config.hosts)
+        code = run(config)
     except InputError as error:
         print(f"jquant: error: {error}", file=sys.stderr)
         return 2

@@ -24,10 +24,12 @@ from jquant.data.blocks import Windows, check_disjoint
 from jquant.evaluation.perplexity import perplexity
 from jquant.io.folder_lock import locked_folder
 from jquant.io.native import check_new_folder, is_native, write_native
+from jquant.io.processes import is_writer, on_writer
 from jquant.models.checkpoint import Checkpoint
 from jquant.models.decoder import Decoder, check_length
 from jquant.models.save import describe, tokenizer_files
 from jquant.nn.install import activations_of, tensors_of
+from jquant.nn.mesh import make_mesh
 from jquant.nn.protocol import CausalLM
 from jquant.qat.batches import RowBatches
 from jquant.qat.checkpoints import STATES, has_states
@@ -101,7 +103,7 @@ def train_checkpoint(
     unfinished = _unfinished(out)
     result = None
     with locked_folder(unfinished), _removed_if_empty(unfinished):
-        if not is_native(unfinished / _FINISHED):
+        if not on_writer(lambda: is_native(unfinished / _FINISHED)):
             result = _train(
                 checkpoint,
                 recipe,
@@ -113,12 +115,16 @@ def train_checkpoint(
                 announce=announce,
                 listen=listen,
             )
-        shutil.rmtree(unfinished / _TRAINING / STATES, ignore_errors=True)
-        if out.exists():
-            out.rmdir()  # empty, as was checked; a folder replaces another only where that is
-        (unfinished / _FINISHED).rename(out)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        on_writer(lambda: _publish(unfinished, out))
     return result
+
+
+def _publish(unfinished: Path, out: Path) -> None:
+    shutil.rmtree(unfinished / _TRAINING / STATES, ignore_errors=True)
+    if out.exists():
+        out.rmdir()  # empty, as was checked; a folder replaces another only where that is
+    (unfinished / _FINISHED).rename(out)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_out(out: Path) -> None:
@@ -128,9 +134,13 @@ def check_out(out: Path) -> None:
         InputError: `out` exists and is not an empty folder.
     """
     unfinished = _unfinished(out)
-    if is_native(out) and unfinished.is_dir() and not has_states(unfinished / _TRAINING):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    check_new_folder(out)
+
+    def check() -> None:
+        if is_native(out) and unfinished.is_dir() and not has_states(unfinished / _TRAINING):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        check_new_folder(out)
+
+    on_writer(check)
 
 
 def _train(
@@ -154,7 +164,8 @@ def _train(
         remat=distillation.remat,
     )
     definition = _definition(checkpoint, recipe, training, distillation)
-    model = checkpoint.model()
+    mesh = make_mesh(config.mesh)
+    model = checkpoint.model(mesh=mesh)
     packed = next((path for path, tensor in tensors_of(model).items() if isinstance(tensor, QTensor)), None)
     if packed is not None:
         raise InputError(f"{checkpoint.name}: {packed} is packed; training starts from the float model")
@@ -163,7 +174,7 @@ def _train(
     if report.uncalibrated:
         _calibrate(model, training, config)
         announce(f"… and start from {_CALIBRATION_BATCHES} batches of the training text")
-    if evaluate is not None and not has_states(unfinished / _TRAINING):
+    if evaluate is not None and not on_writer(lambda: has_states(unfinished / _TRAINING)):
         with rounded_to_nearest(model):
             of_rounded = evaluate(model)
         for name, of_float in evaluate(teacher).items():
@@ -224,9 +235,11 @@ def _write(
     description = describe(
         checkpoint.config, note=checkpoint.note, provenance=provenance, activations=activations_of(model)
     )
-    files = {**tokenizer_files(checkpoint.tokenizer()), METRICS: (unfinished / _TRAINING / METRICS).read_bytes()}
+    files = tokenizer_files(checkpoint.tokenizer())
+    if is_writer():
+        files = {**files, METRICS: (unfinished / _TRAINING / METRICS).read_bytes()}
     write_native(unfinished / _FINISHED, tensors_of(model), description, extra_files=files)
-    if (unfinished / _TRAINING / TENSORBOARD).is_dir():
+    if is_writer() and (unfinished / _TRAINING / TENSORBOARD).is_dir():
         shutil.copytree(unfinished / _TRAINING / TENSORBOARD, unfinished / _FINISHED / TENSORBOARD)
 
 

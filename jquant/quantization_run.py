@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jquant import __version__
 from jquant.core.errors import InputError
@@ -21,6 +22,7 @@ from jquant.models.checkpoint import Checkpoint
 from jquant.models.decoder import check_length
 from jquant.models.save import describe, tokenizer_files
 from jquant.models.stream import StreamedModel
+from jquant.nn.mesh import mesh_text
 from jquant.ptq.activations import InMemory, OnDisk
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.pipeline import Event, check_rules, quantize_blocks
@@ -40,6 +42,7 @@ def quantize_checkpoint(
     batch: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
     spill: bool = False,
+    mesh: Mesh | None = None,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
     progress: Callable[[Event], None] | None = None,
 ) -> Coverage:
@@ -56,6 +59,8 @@ def quantize_checkpoint(
         batch: windows a forward pass.
         dtype: of activations and of the tensors that stay unquantized.
         spill: activations go to files in the unfinished folder.
+        mesh: devices to spread the work over, as in `quantize_model`. Sums come in another order on another mesh and
+            with other processes, which may turn a code over: a run goes on with the same alone.
         on_estimate: hears what the run will take, before it starts.
         progress: hears of every finished block.
 
@@ -63,7 +68,7 @@ def quantize_checkpoint(
         InputError: a rule does not fit, the run cannot fit in memory, or the folder cannot be written.
     """
     check_new_folder(out)
-    source = StreamedModel(checkpoint, dtype=dtype)
+    source = StreamedModel(checkpoint, dtype=dtype, mesh=mesh)
     shapes = source.shapes()
     rules = assign(recipe, list(shapes))
     check_rules(rules, shapes, calibration is not None)
@@ -71,18 +76,20 @@ def quantize_checkpoint(
     if calibration is not None:
         check_length(checkpoint.config, calibration.window)
         batches = in_batches(calibration.tokens, batch)
-    definition = _definition(checkpoint, recipe, calibration, batch, dtype)
+    definition = _definition(checkpoint, recipe, calibration, batch, dtype, mesh)
     with open_workdir(out.parent / f".{out.name}.unfinished", definition) as workdir:
         if workdir.is_complete:  # an earlier run was stopped on its last step
             workdir.publish(out)
             return Coverage.from_json(read_json(out / "coverage.json"))
         tokens = 0 if calibration is None else calibration.tokens.size
-        expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize)
+        expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize, mesh=mesh)
         on_estimate(expected)
         expected.check(on_disk=spill)
         store = OnDisk(workdir.path) if spill else InMemory()
         try:
-            coverage = quantize_blocks(source, recipe, batches, workdir=workdir, store=store, progress=progress)
+            coverage = quantize_blocks(
+                source, recipe, batches, workdir=workdir, store=store, mesh=mesh, progress=progress
+            )
         finally:
             if isinstance(store, OnDisk):
                 store.close()
@@ -91,6 +98,7 @@ def quantize_checkpoint(
             "source_sha256": definition["source_sha256"],
             "recipe": recipe.as_json(),
             "calibration": definition["calibration"],
+            "mesh": definition["mesh"],
             "jquant": __version__,
             "jax": jax.__version__,
         }
@@ -113,7 +121,7 @@ def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
 
 
 def _definition(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: Windows | None, batch: int, dtype: str
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Windows | None, batch: int, dtype: str, mesh: Mesh | None
 ) -> dict[str, Any]:
     """Everything that decides the bits of the result."""
     text = None
@@ -132,6 +140,8 @@ def _definition(
         "calibration": text,
         "batch": batch,
         "dtype": dtype,
+        "mesh": mesh_text(mesh),
+        "processes": jax.process_count(),
         "jax": jax.__version__,
         "backend": jax.default_backend(),
         "jquant": __version__,

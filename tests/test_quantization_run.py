@@ -144,7 +144,7 @@ def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jquant.ptq.preflight._available", lambda: 1 << 16)
+    monkeypatch.setattr("jquant.ptq.preflight._available", lambda devices: 1 << 16)
     heard: list[Estimate] = []
     with pytest.raises(InputError, match=r"the run needs .* of activations.*--spill"):
         _run(source, tmp_path / "q", on_estimate=heard.append)

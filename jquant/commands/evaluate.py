@@ -26,7 +26,9 @@ def eval_command(config: EvalConfig) -> None:
     from jquant.evaluation.scoring import evaluate, prepare_reference
     from jquant.models.checkpoint import open_checkpoint
     from jquant.models.save import model_bytes
+    from jquant.nn.mesh import make_mesh
 
+    mesh = make_mesh(config.mesh)
     text = load_text(config.text)
     checkpoint = open_checkpoint(config.model)
     if schemes is None:
@@ -35,12 +37,12 @@ def eval_command(config: EvalConfig) -> None:
     windows = text_windows(
         text, checkpoint.tokenizer(), window=config.window, stride=config.stride, limit=config.windows
     )
-    batch = default_batch(config.batch)
+    batch = default_batch(config.batch, mesh)
     reference = None
     if config.reference is not None:
-        other = open_checkpoint(config.reference).model(dtype=config.dtype)
+        other = open_checkpoint(config.reference).model(dtype=config.dtype, mesh=mesh)
         reference, _ = prepare_reference(other, windows, batch=batch)
-    model = checkpoint.model(dtype=config.dtype)
+    model = checkpoint.model(dtype=config.dtype, mesh=mesh)
     round_layers(model, schemes)
     with progress_bar(f"evaluating {len(windows.tokens)} windows", len(windows.tokens)) as advance:
         found = evaluate(model, windows, reference=reference, batch=batch, progress=advance)
@@ -77,11 +79,12 @@ def _eval_tasks(config: EvalConfig) -> None:
 
     from jquant.benchmark_run import benchmark, tasks_record
     from jquant.models.checkpoint import open_checkpoint
+    from jquant.nn.mesh import make_mesh
 
     checkpoint = open_checkpoint(config.model)
     if schemes is None:
         checkpoint = checkpoint.packed()
-    model = checkpoint.model(dtype=config.dtype)
+    model = checkpoint.model(dtype=config.dtype, mesh=make_mesh(config.mesh))
     round_layers(model, schemes)
     with stage_bars() as listen:
         results = benchmark(model, checkpoint.tokenizer(), config.benchmark, progress=listen)

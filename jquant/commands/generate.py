@@ -11,13 +11,14 @@ def generate_command(config: GenerateConfig) -> None:
 
     from jquant.models.checkpoint import open_checkpoint
     from jquant.models.generate import Sampling, generate
+    from jquant.nn.mesh import make_mesh
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     checkpoint = open_checkpoint(config.model)
     if schemes is None:
         checkpoint = checkpoint.packed()
     tokenizer = checkpoint.tokenizer()
-    model = checkpoint.model(dtype=config.dtype)
+    model = checkpoint.model(dtype=config.dtype, mesh=make_mesh(config.mesh))
     round_layers(model, schemes)
     prompt = tokenizer.encode(config.prompt, add_eos=False)
     tokens: list[int] = []

@@ -21,6 +21,7 @@ def quantize_command(config: QuantizeConfig) -> None:
     from jquant.io.native import check_new_folder
     from jquant.models.checkpoint import open_checkpoint
     from jquant.nn.matrices import layer_shapes
+    from jquant.nn.mesh import make_mesh
     from jquant.ptq.coverage import render
     from jquant.ptq.pipeline import Event
     from jquant.ptq.presets import calibrated, find_recipe
@@ -28,6 +29,7 @@ def quantize_command(config: QuantizeConfig) -> None:
     from jquant.quantization_run import quantize_checkpoint
 
     check_new_folder(config.out)
+    mesh = make_mesh(config.mesh)
     checkpoint = open_checkpoint(config.model)
     shapes = layer_shapes(checkpoint.abstract(dtype=config.dtype))
     if config.scheme is not None:
@@ -51,9 +53,10 @@ def quantize_command(config: QuantizeConfig) -> None:
             recipe,
             config.out,
             calibration=windows,
-            batch=default_batch(config.batch),
+            batch=default_batch(config.batch, mesh),
             dtype=config.dtype,
             spill=config.spill,
+            mesh=mesh,
             on_estimate=lambda estimate: new_console(stderr=True).print(f"[dim]{estimate}[/dim]", highlight=False),
             progress=heard,
         )
@@ -88,6 +91,7 @@ def qat_command(config: QATCommand) -> None:
     from jquant.data.text import load_text
     from jquant.models.checkpoint import open_checkpoint
     from jquant.models.save import packed_bits
+    from jquant.nn.mesh import make_mesh
     from jquant.qat.progress import shown_progress
     from jquant.qat.rules import find_recipe
     from jquant.qat_run import Distillation, check_out, train_checkpoint
@@ -116,7 +120,7 @@ def qat_command(config: QATCommand) -> None:
                 remat=config.remat,
             ),
             evaluation=evaluation,
-            eval_batch=default_batch(None),
+            eval_batch=default_batch(None, make_mesh(config.mesh)),
             announce=lambda said: console.print(said, highlight=False, markup=False),
             listen=listen,
         )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from jquant.core.errors import InputError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from jquant.data.text import Text
     from jquant.models.checkpoint import Checkpoint
 
@@ -26,10 +28,14 @@ def round_layers(model: Any, scheme: Any) -> None:
         quantize_layers(model, scheme)
 
 
-def default_batch(batch: int | None) -> int:
+def default_batch(batch: int | None, mesh: Mesh | None = None) -> int:
+    """Windows a forward pass: those asked for, else one on CPU and eight elsewhere, or as many as the mesh needs."""
     from jquant.kernels.dispatch import on_cpu
+    from jquant.nn.mesh import DATA, axis_size
 
-    return (1 if on_cpu() else 8) if batch is None else batch
+    least = 1 if on_cpu() else 8
+    devices = axis_size(mesh, DATA)
+    return -(-least // devices) * devices if batch is None else batch
 
 
 def refuse_calibration_text(checkpoint: Checkpoint, text: Text) -> None:

@@ -41,9 +41,11 @@ def new_console(*, stderr: bool = False) -> Any:
 
 def write_json(path: Path, record: Any) -> None:
     from jquant.io.atomic import replacing
+    from jquant.io.processes import is_writer
 
-    with replacing(path) as file:
-        file.write(json_text(record).encode())
+    if is_writer():
+        with replacing(path) as file:
+            file.write(json_text(record).encode())
 
 
 def json_text(record: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jquant.evaluation.benchmark_options import BenchmarkOptions
+from jquant.io.process_options import ProcessOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,11 @@ class EvalConfig:
     """Another MODEL to measure KL divergence and top-1 agreement against."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the unquantized weights and of computation."""
+    mesh: str = ""
+    """Devices by axis, as `data=2,tensor=4`: windows over data, weights over fsdp and tensor; empty for one."""
     benchmark: Annotated[BenchmarkOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=BenchmarkOptions)
     """In the place of the text."""
+    hosts: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ProcessOptions)
+    """Several processes."""
     json: Path | None = None
     """Also write the result to this file."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
+from jquant.nn.placement import fetched
 from jquant.nn.protocol import CausalLM, hidden_states
 
 _SHORTEST = 32
@@ -121,7 +122,7 @@ def _score(head: nnx.Module, hidden: Array, places: np.ndarray, targets: np.ndar
         _score_rows(graphdef, state, _rows(hidden, jnp.asarray(place, jnp.int32)), jnp.asarray(target, jnp.int32))
         for place, target in zip(*padded, strict=True)
     ]
-    logs, greedy = (np.concatenate(each)[: len(places)] for each in zip(*jax.device_get(parts), strict=True))
+    logs, greedy = (np.concatenate(each)[: len(places)] for each in zip(*fetched(parts), strict=True))
     return logs.astype(np.float64), greedy
 
 

@@ -22,6 +22,8 @@ from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
 from jquant.evaluation.result import Divergence, Perplexity, Protocol, Result, mean_and_stderr
 from jquant.kernels.dispatch import on_cpu
+from jquant.nn.mesh import mesh_of
+from jquant.nn.placement import fetched, spread_batch
 from jquant.nn.protocol import CausalLM, hidden_states
 
 _ROWS = 128  # rows of logits formed at a time: one product large enough for a GPU, no array of all logits
@@ -64,10 +66,10 @@ def evaluate(
     """Scores every window once.
 
     Args:
-        model: any decoder in three parts; float or packed.
+        model: any decoder in three parts; float or packed. Where it lies on a mesh, windows are spread over "data".
         windows: of `data.blocks.windows`; all have one length, so there is one compilation.
         reference: from `prepare_reference` on the same windows and batch.
-        batch: windows a forward pass; 1 is fastest on CPU.
+        batch: windows a forward pass; 1 is fastest on CPU. The data axis must divide it.
         progress: called with the number of windows done so far.
 
     Raises:
@@ -81,10 +83,11 @@ def evaluate(
     ):
         raise InputError("model and reference have vocabularies of different sizes: their predictions do not compare")
     sums, done = [], 0
-    for index, (tokens, scored) in enumerate(batches_of(windows, batch)):
+    mesh = mesh_of(model)
+    for index, (tokens, scored) in enumerate(spread_batch(each, mesh) for each in batches_of(windows, batch)):
         hidden = hidden_states(model, tokens)
         against = None if reference is None else (reference.head, reference.hidden[index])
-        sums.append(jax.device_get(_score(model.head, hidden, tokens, scored, against)))
+        sums.append(fetched(_score(model.head, hidden, tokens, scored, against)))
         done = min(done + batch, len(windows.tokens))
         if progress is not None:
             progress(done)
@@ -96,11 +99,12 @@ def prepare_reference(
 ) -> tuple[Reference, Perplexity]:
     """The reference to compare other models with, and its own perplexity."""
     check_windows(model, windows, batch)
-    hidden = [hidden_states(model, tokens) for tokens, _ in batches_of(windows, batch)]
+    mesh = mesh_of(model)
+    hidden = [hidden_states(model, spread_batch(tokens, mesh)) for tokens, _ in batches_of(windows, batch)]
     reference = Reference(head=model.head, hidden=hidden, windows=windows, batch=batch)
     sums = []
-    for index, (tokens, scored) in enumerate(batches_of(windows, batch)):
-        sums.append(jax.device_get(_score(model.head, hidden[index], tokens, scored, None)))
+    for index, (tokens, scored) in enumerate(spread_batch(each, mesh) for each in batches_of(windows, batch)):
+        sums.append(fetched(_score(model.head, hidden[index], tokens, scored, None)))
         if progress is not None:
             progress(min((index + 1) * batch, len(windows.tokens)))
     return reference, _summarize(sums, windows, compared=False).perplexity

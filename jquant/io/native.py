@@ -38,6 +38,7 @@ from jquant.io.atomic import replacing
 from jquant.io.json_file import read_json
 from jquant.io.mapped import TensorInfo, shown
 from jquant.io.new_folder import appearing_folder, check_new_folder
+from jquant.io.processes import is_writer, on_writer, several
 
 DESCRIPTION = "jquant.json"
 ARRAYS = "arrays"
@@ -165,7 +166,8 @@ def write_native(
     check_new_folder(path)
     try:
         with appearing_folder(path) as partial_folder:
-            complete(partial_folder, write_part(partial_folder, "all", tensors), description, extra_files=extra_files)
+            table = write_part(partial_folder, "all", tensors)
+            on_writer(lambda: complete(partial_folder, table, description, extra_files=extra_files))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -175,8 +177,10 @@ def write_part(
 ) -> dict[str, dict[str, Any]]:
     """Saves some tensors of a checkpoint in the making; an earlier attempt at the same part is replaced.
 
+    Of several processes each writes what its devices hold; arrays lie on all their devices.
+
     Returns:
-        Their entries in the table that `complete` takes.
+        Their entries in the table that `complete` takes; of several processes, the writer's alone has any.
 
     Raises:
         InputError: a tensor is empty or of an odd dtype.
@@ -184,10 +188,23 @@ def write_part(
     """
     _check_tensors(tensors)
     place = folder / ARRAYS / part
-    if place.exists():
-        shutil.rmtree(place)
-    table = {name: {**_describe(tensor), "part": part} for name, tensor in tensors.items()}
+    on_writer(lambda: shutil.rmtree(place) if place.exists() else None)
+    if not several():
+        table = {name: {**_describe(tensor), "part": part} for name, tensor in tensors.items()}
+        _save(place, tensors)
+        return table
     _save(place, tensors)
+    return _read_back(place, part, tensors) if is_writer() else {}
+
+
+def _read_back(place: Path, part: str, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of tensors that no process holds whole: hashed as they lie on disk, in host memory."""
+    keys = {name: {array: _key(name, array) for array in _parts(tensor)} for name, tensor in tensors.items()}
+    found = _restore(place, [key for arrays in keys.values() for key in arrays.values()])
+    table = {}
+    for name, tensor in tensors.items():
+        whole = jax.tree.unflatten(jax.tree.structure(tensor), [found.pop(key) for key in keys[name].values()])
+        table[name] = {**_describe(whole), "part": part}
     return table
 
 
@@ -354,7 +371,14 @@ def _restore(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet("absl"), ocp.PyTreeCheckpointer() as checkpointer:
+        # Each process reads for itself: the order in which tensors are asked for differs.
+        alone: dict[str, Any] = {}
+        if several():
+            options = ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(), active_processes={jax.process_index()}
+            )
+            alone = {"multiprocessing_options": options}
+        with _quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**alone), **alone) as checkpointer:
             as_numpy = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
             return checkpointer.restore(folder.absolute(), item=dict.fromkeys(keys, 0), restore_args=as_numpy)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

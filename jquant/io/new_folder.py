@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jquant.core.errors import InputError
-from jquant.io.folder_lock import LOCKS, locked_folder
+from jquant.io.folder_lock import LOCKS, locked_folder, locked_here
+from jquant.io.processes import is_writer, on_writer
 
 
 def check_new_folder(path: Path) -> None:
@@ -23,21 +24,33 @@ def check_new_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def appearing_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder to write into; it takes the name `path` once the block ends without error, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    """A hidden folder to write into; it takes the name `path` once the block ends without error, else it is removed.
+
+    Of several processes the writer makes, names and removes it.
+    """
+    folder = Path(on_writer(lambda: _hidden(path)))
     try:
         with locked_folder(folder):
             yield folder
-            folder.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
-            folder.replace(path)
+            on_writer(lambda: _named(folder, path))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_writer():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hidden(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    return tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+
+
+def _named(folder: Path, path: Path) -> None:
+    folder.chmod(0o755)  # mkdtemp makes folders that only their owner can enter
+    folder.replace(path)
 
 
 def _remove_abandoned(path: Path) -> None:
     """Removes what killed writers of `path` left; the folder of one still at work is locked."""
     for folder in path.parent.glob(f".{glob.escape(path.name)}.*.partial") if LOCKS else ():
-        with contextlib.suppress(OSError, InputError), locked_folder(folder):
+        with contextlib.suppress(OSError, InputError), locked_here(folder):
             shutil.rmtree(folder)

@@ -45,7 +45,11 @@ def _level(code: Array, element: Element) -> Array:
         for index, level in enumerate(element.levels()):
             value = jnp.where(code == index, jnp.float32(level), value)
         return value.astype(jnp.bfloat16)
-    value = code.astype(jnp.float32) - element.offset if isinstance(element, Int) else element.decode(code.astype(jnp.uint8))
+    value = (
+        code.astype(jnp.float32) - element.offset
+        if isinstance(element, Int)
+        else element.decode(code.astype(jnp.uint8))
+    )
     return value.astype(jnp.bfloat16)
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jquant.core.errors import InputError
@@ -39,6 +40,7 @@ from jquant.models.families import config_from_gguf, config_from_hf
 from jquant.models.packed_hf import PackedLayers, packed_layers
 from jquant.models.tensor_names import Table, Transform, gguf_tensors, hf_tensors, row_order
 from jquant.nn.install import STATIC, install, tensors_of
+from jquant.nn.placement import placed
 
 Reader = Callable[[], "np.ndarray | QTensor"]
 EXPORT_RECORD = "jquant_export.json"  # in a folder that `export` wrote: what it was made from
@@ -82,14 +84,16 @@ class Checkpoint:
         """
         return self if self.packed_form is None else self.packed_form
 
-    def model(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
+    def model(self, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Decoder:
         """The decoder with the weights of this checkpoint, cast to `dtype`; packed ones stay packed.
+
+        On a mesh each device is given its own part of a weight (nn/placement.py).
 
         Raises:
             InputError: a tensor is missing, left over, of the wrong shape, or holds a NaN or an infinity.
         """
         model = self.abstract(dtype=dtype)
-        self.load(model, dtype=dtype)
+        self.load(model, dtype=dtype, mesh=mesh)
         return model
 
     def abstract(self, *, dtype: DTypeLike = jnp.float32) -> Decoder:
@@ -103,24 +107,26 @@ class Checkpoint:
         self._check_complete(tensors_of(model))
         return model
 
-    def load(self, module: nnx.Module, *, prefix: str = "", dtype: DTypeLike = jnp.float32) -> None:
+    def load(
+        self, module: nnx.Module, *, prefix: str = "", dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+    ) -> None:
         """Fills a part of `abstract` with its weights, in place.
 
         Args:
             module: the decoder, or the part of it at `prefix`.
             prefix: its path with a dot behind it, as "blocks.3.".
             dtype: of the floats; packed ones stay packed.
+            mesh: where weights go; one device without it.
 
         Raises:
             InputError: a tensor is of the wrong shape, or holds a NaN or an infinity.
         """
         wanted = tensors_of(module)
         static = [path for path in self.readers if _is_static(path) and path.startswith(prefix)]
+        read = partial(self._read, prefix, dtype, mesh)
         with ThreadPoolExecutor() as pool:
-            values = dict(
-                zip(wanted, pool.map(partial(self._read, prefix, dtype), wanted, wanted.values()), strict=True)
-            )
-        values |= {path.removeprefix(prefix): self.readers[path]() for path in static}
+            values = dict(zip(wanted, pool.map(read, wanted, wanted.values()), strict=True))
+        values |= {path.removeprefix(prefix): placed(path, self.readers[path](), mesh) for path in static}
         activations = {
             path.removeprefix(prefix): spec for path, spec in self.activations.items() if path.startswith(prefix)
         }
@@ -158,7 +164,9 @@ class Checkpoint:
                 f"{self.path}: tensor for {left[0]}{_others(left)} has no place in the model its config gives"
             )
 
-    def _read(self, prefix: str, dtype: DTypeLike, path: str, expected: jax.ShapeDtypeStruct) -> jax.Array | QTensor:
+    def _read(
+        self, prefix: str, dtype: DTypeLike, mesh: Mesh | None, path: str, expected: jax.ShapeDtypeStruct
+    ) -> jax.Array | QTensor:
         path = prefix + path
         value, what = self.readers[path](), f"{self.path}: tensor for {path}"
         if tuple(value.shape) != tuple(expected.shape):
@@ -167,10 +175,10 @@ class Checkpoint:
             raise InputError(f"{what} has dtype {value.dtype}, weights must be floats")
         if isinstance(value, QTensor):
             check_finite(np.asarray(_scales(value)), f"{what}, its scales")
-            return jax.device_put(value)
+            return placed(path, value, mesh)
         cast = _cast(value, np.dtype(dtype))
         check_finite(cast, what)
-        return jax.device_put(cast)
+        return placed(path, cast, mesh)
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -187,9 +195,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     return _open_gguf(str(model), path)
 
 
-def load_model(model: str | Path, *, dtype: DTypeLike = jnp.float32) -> Decoder:
-    """The decoder of MODEL with its weights in `dtype`."""
-    return open_checkpoint(model).model(dtype=dtype)
+def load_model(model: str | Path, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Decoder:
+    """The decoder of MODEL with its weights in `dtype`, on one device or spread over a mesh (nn/mesh.py)."""
+    return open_checkpoint(model).model(dtype=dtype, mesh=mesh)
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:

@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Context, Decoder, step_context
+from jquant.nn.mesh import axis_size, mesh_of
+from jquant.nn.placement import CUTTING
 
 Leaves = tuple[Array, ...]
 
@@ -54,7 +57,7 @@ def generate(
     """Token ids that follow the prompt, one at a time as they are asked for.
 
     Args:
-        model: a decoder, its layers in floats or packed.
+        model: a decoder, its layers in floats or packed; on one device or on a mesh (nn/placement.py).
         prompt: int32 [tokens], not empty.
         max_tokens: how many to yield at most.
         sampling: greedy by default.
@@ -111,6 +114,7 @@ class _Split:
     embed: _Part
     runs: tuple[_Part, ...]  # of neighbouring blocks: tuples of both
     head: _Part
+    cache_place: NamedSharding | None  # of keys and values, on a mesh
 
 
 def _split(model: Decoder) -> _Split:
@@ -122,6 +126,7 @@ def _split(model: Decoder) -> _Split:
         embed=_part(model.embed),
         runs=tuple(_Part(tuple(b.module for b in run), tuple(b.leaves for b in run)) for run in runs),
         head=_part(model.head),
+        cache_place=cache_place(model),
     )
 
 
@@ -185,9 +190,25 @@ def _check_prompt(model: Decoder, prompt: np.ndarray, max_tokens: int) -> None:
 
 
 def _empty_caches(model: Decoder, capacity: int) -> list[Cache]:
-    config, dtype = model.config, model.embed.weight.get_value().dtype
+    config, dtype, place = model.config, model.embed.weight.get_value().dtype, cache_place(model)
     shape = (1, config.num_kv_heads, capacity, config.head_dim)
-    return [Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32)) for _ in model.blocks]
+
+    def empty() -> Array:
+        return jnp.zeros(shape, dtype, device=place)
+
+    length = None if place is None else NamedSharding(place.mesh, PartitionSpec())
+    return [Cache(empty(), empty(), jnp.zeros((), jnp.int32, device=length)) for _ in model.blocks]
+
+
+def cache_place(model: Decoder) -> NamedSharding | None:
+    """Where keys and values [batch, heads, …] lie: heads as the rows of the layers that make them; None off a mesh."""
+    mesh, heads = mesh_of(model), model.config.num_kv_heads
+    if mesh is None:
+        return None
+    fitting = [axes for axes in (CUTTING, *((axis,) for axis in CUTTING)) if heads % axis_size(mesh, *axes) == 0]
+    largest = max(fitting, key=lambda axes: axis_size(mesh, *axes), default=())
+    there = tuple(axis for axis in largest if axis_size(mesh, axis) > 1)
+    return NamedSharding(mesh, PartitionSpec(None, there) if there else PartitionSpec())
 
 
 def _feed_prompt(split: _Split, prompt: np.ndarray, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
@@ -201,7 +222,7 @@ def _feed_prompt(split: _Split, prompt: np.ndarray, caches: list[Cache], capacit
     assert states is not None
     last = (len(prompt) - 1) % chunk
     # Each its own array: a cache is donated whole.
-    caches = [cache._replace(length=jnp.asarray(len(prompt), jnp.int32)) for cache in caches]
+    caches = [cache._replace(length=jnp.full_like(cache.length, len(prompt))) for cache in caches]
     return states[:, last], caches
 
 
@@ -212,7 +233,7 @@ def _advance(split: _Split, tokens: Array, start: int, caches: list[Cache], capa
     windowed, updated = split.config.is_windowed(), []
     for run in split.runs:
         here = slice(len(updated), len(updated) + len(run.leaves))
-        x, after = _step(run.module, windowed[here], run.leaves, x, contexts, tuple(caches[here]))
+        x, after = _step(run.module, windowed[here], run.leaves, x, contexts, tuple(caches[here]), split.cache_place)
         updated += after
     return x, updated
 
@@ -229,7 +250,7 @@ def _embed(
     return embed.merge(leaves)(tokens, start), contexts
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=5)
 def _step(
     blocks: tuple[_Module, ...],
     windowed: tuple[bool, ...],
@@ -237,11 +258,15 @@ def _step(
     x: Array,
     contexts: dict[bool, Context],
     caches: tuple[Cache, ...],
+    place: NamedSharding | None,
 ) -> tuple[Array, list[Cache]]:
-    """Some blocks, one after the other."""
+    """Some blocks, one after the other; caches stay where they lie."""
     after = []
     for block, kind, arrays, cache in zip(blocks, windowed, leaves, caches, strict=True):
         x, cache = block.merge(arrays).step(x, contexts[kind], cache)
+        if place is not None:
+            keys, values = jax.lax.with_sharding_constraint((cache.keys, cache.values), place)
+            cache = cache._replace(keys=keys, values=values)
         after.append(cache)
     return x, after
 

@@ -20,6 +20,7 @@ from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Decoder, step_context
 from jquant.models.generate import prompt_chunk
+from jquant.nn.placement import fetched
 from jquant.nn.protocol import apply
 
 _STEP = 256  # capacities are multiples of it
@@ -82,7 +83,7 @@ def _one_batch(
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for count in range(max_tokens):
-        chosen = np.asarray(_most_likely(apply(model.head, last)))
+        chosen = fetched(_most_likely(apply(model.head, last)))
         for row in tuple(running):
             new[row].append(int(chosen[row]))
             if stop(names[row], new[row]):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
+
+from jquant.io.process_options import ProcessOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +32,7 @@ class GenerateConfig:
     """Round the linear layers of the blocks to this scheme first, as int4:g64."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the unquantized weights and of computation."""
+    mesh: str = ""
+    """Devices by axis, as `data=2,tensor=4`: rows of weights over fsdp and tensor; empty for one."""
+    hosts: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ProcessOptions)
+    """Several processes."""

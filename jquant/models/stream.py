@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jquant.models.checkpoint import Checkpoint
@@ -17,12 +18,12 @@ from jquant.nn.protocol import Equivalence
 class StreamedModel:
     """See `jquant.ptq.source.Source`. What was handed out is the caller's; nothing is kept."""
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> None:
         """
         Raises:
             InputError: a tensor is missing or left over.
         """
-        self.checkpoint, self.dtype = checkpoint, dtype
+        self.checkpoint, self.dtype, self.mesh = checkpoint, dtype, mesh
         self.abstract = checkpoint.abstract(dtype=dtype)
 
     @property
@@ -33,12 +34,12 @@ class StreamedModel:
         """Embedding and head, without blocks."""
         outer = nnx.clone(self.abstract)
         outer.blocks = nnx.List([])
-        self.checkpoint.load(outer, dtype=self.dtype)
+        self.checkpoint.load(outer, dtype=self.dtype, mesh=self.mesh)
         return outer
 
     def block(self, index: int) -> nnx.Module:
         block = nnx.clone(self.abstract.blocks[index])
-        self.checkpoint.load(block, prefix=f"blocks.{index}.", dtype=self.dtype)
+        self.checkpoint.load(block, prefix=f"blocks.{index}.", dtype=self.dtype, mesh=self.mesh)
         return block
 
     def contexts(self, length: int) -> Sequence[Context]:

@@ -10,6 +10,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jquant.nn.mesh import mesh_of
+from jquant.nn.placement import copied
+
 
 class Equivalence(NamedTuple):
     """A place in a block where channels can be rescaled: the producer's output over s, the readers' columns times s.
@@ -52,9 +55,12 @@ class CausalLM(Protocol):
 
 
 def hidden_states(model: CausalLM, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
-    """The states that enter the head, computed block by block with one compiled program for all blocks."""
-    x = apply(model.embed, tokens)
-    for block, context in zip(model.blocks, model.contexts(tokens.shape[1]), strict=True):
+    """The states that enter the head, computed block by block with one compiled program for all blocks.
+
+    Tokens may be spread over a mesh (nn/placement.py) that the model lies on.
+    """
+    x, contexts = apply(model.embed, tokens), copied(model.contexts(tokens.shape[1]), mesh_of(tokens))
+    for block, context in zip(model.blocks, contexts, strict=True):
         x = apply(block, x, context)
     return x
 

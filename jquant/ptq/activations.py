@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jquant.core.errors import InputError
+from jquant.ptq.parts_on_host import Begin, from_parts, parts_of
 
 
 class Store(Protocol):
@@ -41,8 +44,20 @@ class InMemory:
         self.values.pop(key, None)
 
 
+class _Kept(NamedTuple):
+    """What a file does not say of an array in it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: NamedSharding | None
+    begins: tuple[Begin, ...]  # of its parts, as they follow each other
+
+
 class OnDisk:
-    """One file a batch and key in a folder of its own, removed at the end; nothing stays in memory."""
+    """One file a batch and key in a folder of its own, removed at the end; nothing stays in memory.
+
+    Of arrays that lie on several processes' devices each process keeps its own parts.
+    """
 
     def __init__(self, parent: Path) -> None:
         try:
@@ -50,24 +65,34 @@ class OnDisk:
             self.folder = Path(tempfile.mkdtemp(prefix="activations-", dir=parent))
         except OSError as error:
             raise InputError(f"{parent}: activations cannot be kept there: {error.strerror or error}") from error
-        self.trees: dict[tuple[str, int], tuple[Any, list[np.dtype]]] = {}
+        self.trees: dict[tuple[str, int], tuple[Any, list[_Kept]]] = {}
 
     def put(self, key: str, batch: int, value: Any) -> None:
         leaves, structure = jax.tree.flatten(value)
-        arrays = [np.asarray(leaf) for leaf in leaves]
+        arrays = [parts_of(leaf) for leaf in leaves]
         try:
             with self._place(key, batch).open("wb") as file:
-                for array in arrays:
-                    np.lib.format.write_array(file, _plain(array), allow_pickle=False)
+                for part in (part for parts in arrays for part in parts.values()):
+                    np.lib.format.write_array(file, _plain(part), allow_pickle=False)
         except OSError as error:
             raise InputError(f"{self.folder}: activations cannot be kept there: {error.strerror or error}") from error
-        self.trees[key, batch] = structure, [array.dtype for array in arrays]
+        self.trees[key, batch] = structure, [_kept(*pair) for pair in zip(leaves, arrays, strict=True)]
 
     def get(self, key: str, batch: int) -> Any:
-        structure, dtypes = self.trees[key, batch]
+        structure, kept = self.trees[key, batch]
         with self._place(key, batch).open("rb") as file:
-            arrays = [np.lib.format.read_array(file, allow_pickle=False).view(dtype) for dtype in dtypes]
-        return jax.tree.unflatten(structure, [jax.device_put(array) for array in arrays])
+            arrays = [
+                from_parts(
+                    each.shape,
+                    each.sharding,
+                    {
+                        begin: np.lib.format.read_array(file, allow_pickle=False).view(each.dtype)
+                        for begin in each.begins
+                    },
+                )
+                for each in kept
+            ]
+        return jax.tree.unflatten(structure, arrays)
 
     def drop(self, key: str) -> None:
         for other, batch in list(self.trees):
@@ -81,6 +106,12 @@ class OnDisk:
 
     def _place(self, key: str, batch: int) -> Path:
         return self.folder / f"{key}-{batch:06d}.npy"
+
+
+def _kept(leaf: Any, parts: Mapping[Begin, np.ndarray]) -> _Kept:
+    sharding = getattr(leaf, "sharding", None)
+    spread = sharding if isinstance(sharding, NamedSharding) else None
+    return _Kept(tuple(leaf.shape), np.dtype(leaf.dtype), spread, tuple(parts))
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

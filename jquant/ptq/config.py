@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ import tyro
 
 from jquant.core.errors import InputError
 from jquant.core.options import Names
+from jquant.io.process_options import ProcessOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class QuantizeConfig:
     """Of activations, and of the tensors that stay unquantized."""
     spill: bool = False
     """Keep activations on disk: for models whose activations do not fit in memory."""
+    mesh: str = ""
+    """Devices by axis, as `data=2,tensor=4`: windows over data, rows of weights over fsdp and tensor."""
+    hosts: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ProcessOptions)
+    """Several processes."""
     coverage: bool = False
     """Print what was done to every layer; the folder's coverage.json always says so."""
     verbose: bool = False

@@ -24,6 +24,7 @@ from jquant.core.errors import InputError
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
 from jquant.nn.matrices import layer_shapes
+from jquant.nn.placement import batch_sharding, copied, place_module, spread_batch
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
 from jquant.ptq.activations import InMemory, Store
@@ -31,7 +32,6 @@ from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_d
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.recipe import Recipe, Rule, assign
-from jquant.ptq.sharding import spread_batch, spread_rows
 from jquant.ptq.solver import check_finite
 from jquant.ptq.source import ModelSource, Source
 from jquant.ptq.workdir import Workdir
@@ -87,7 +87,8 @@ def quantize_model(
         batches: calibration data: token ids int32 [batch, time], all of one shape; for other modules the arrays, or
             tuples of arrays, that they are called with. None where no rule needs data.
         masks: one a batch, True for the positions that count; None where there is no padding.
-        mesh: with axes "data" (batches) and "tensor" (rows of weights), or one of them.
+        mesh: of nn/mesh.py: batches are spread over "data", rows of weights over "fsdp" and "tensor". Gram matrices are
+            summed over "data" and whole on every device, as their factors are.
         workdir: keeps finished parts, so that a killed run goes on (ptq/workdir.py).
         store: of activations; by default in memory.
         progress: hears of every finished block.
@@ -148,7 +149,7 @@ def quantize_blocks(
         rules=rules,
         batches=batches if needs_data else None,
         masks=masks,
-        contexts=source.contexts(length),
+        contexts=copied(source.contexts(length), mesh),
         store=InMemory() if store is None else store,
         mesh=mesh,
         workdir=workdir,
@@ -165,7 +166,7 @@ def quantize_blocks(
             reports = [LayerReport.from_json(record) for record in found["layers"]]
             rewritten = [TransformReport.from_json(record) for record in found["transforms"]]
             if put_back is not None:
-                _restore(source, workdir, part, index, found["activations"], put_back)
+                _restore(source, workdir, part, index, found["activations"], put_back, mesh)
         else:
             if run.needs_data and ready != index:
                 _load_states(run, source, index)
@@ -223,13 +224,13 @@ def _one_block(run: _Run, block: nnx.Module, index: int, source: Source) -> Solv
     data = _data(run, lambda state: (state, run.contexts[index])) if run.needs_data else None
     solved = Solved({}, [], [])
     if run.mesh is not None:
-        spread_rows(block, run.mesh)
+        place_module(block, run.mesh, prefix=prefix)
     if rules:
         solved = quantize_block(block, rules, data, equivalences=source.equivalences(), prefix=prefix)
     if data is not None:
         output = block_outputs(block, solved, data)
         for batch in range(data.count):
-            run.store.put(_STATES, batch, output(batch))
+            run.store.put(_STATES, batch, spread_batch(output(batch), run.mesh))
         for path in solved.layers:
             run.store.drop(path)
         if run.workdir is not None:
@@ -245,6 +246,9 @@ def _outer(run: _Run, model: Any) -> Solved:
     rules = {path.removeprefix("head."): rule for path, rule in run.rules.items() if path.startswith("head.")}
     data = _data(run, lambda state: (state,)) if run.needs_data else None
     solved = Solved({}, [], [])
+    if run.mesh is not None:
+        place_module(model.embed, run.mesh, prefix="embed.")
+        place_module(model.head, run.mesh, prefix="head.")
     if rules:
         solved = quantize_block(model.head, rules, data, prefix="head.")
         replace(model.head, solved.layers)
@@ -288,6 +292,7 @@ def _restore(
     index: int,
     activations: Mapping[Path, str],
     put_back: Callable[[int, nnx.Module], None],
+    mesh: Mesh | None,
 ) -> None:
     """A part that an earlier run finished, into the model."""
     assert workdir is not None
@@ -298,6 +303,8 @@ def _restore(
     prefix, block = f"blocks.{index}.", source.block(index)
     inner = {path.removeprefix(prefix): value for path, value in tensors.items()}
     install(block, inner, {path.removeprefix(prefix): spec for path, spec in activations.items()})
+    if mesh is not None:
+        place_module(block, mesh, prefix=prefix)
     put_back(index, block)
 
 
@@ -321,16 +328,19 @@ def _load_states(run: _Run, source: Source, index: int) -> None:
     assert run.batches is not None
     if index == 0:
         embed = source.outer().embed
+        if run.mesh is not None:
+            place_module(embed, run.mesh, prefix="embed.")
         for batch, tokens in enumerate(run.batches):
-            run.store.put(_STATES, batch, apply(embed, spread_batch(jnp.asarray(tokens), run.mesh)))
+            run.store.put(_STATES, batch, spread_batch(apply(embed, spread_batch(tokens, run.mesh)), run.mesh))
         return
     assert run.workdir is not None
-    state = jax.eval_shape(lambda tokens: source.outer().embed(tokens), jnp.asarray(run.batches[0]))
-    states = run.workdir.load_states(index, len(run.batches), state.dtype)
-    if states is None:
+    embed = source.outer().embed
+    state = jax.eval_shape(lambda tokens: embed(tokens), jnp.asarray(run.batches[0]))  # pyright: ignore[reportCallIssue]
+    batches = run.workdir.load_states(index, len(run.batches), state, batch_sharding(run.mesh))
+    if batches is None:
         raise InputError(f"{run.workdir.path}: what enters block {index} is missing; remove the folder to start again")
-    for batch, value in enumerate(states):
-        run.store.put(_STATES, batch, spread_batch(value, run.mesh))
+    for batch, value in enumerate(batches):
+        run.store.put(_STATES, batch, value)
 
 
 def _data(run: _Run, arguments: Callable[[Any], tuple[Any, ...]]) -> Data:
@@ -338,7 +348,7 @@ def _data(run: _Run, arguments: Callable[[Any], tuple[Any, ...]]) -> Data:
     return Data(
         count=len(run.batches),
         arguments=lambda batch: arguments(run.store.get(_STATES, batch)),
-        mask=lambda batch: None if run.masks is None else jnp.asarray(run.masks[batch]),
+        mask=lambda batch: None if run.masks is None else spread_batch(jnp.asarray(run.masks[batch]), run.mesh),
         store=run.store,
     )
 
@@ -365,11 +375,11 @@ def _quantize_whole(
         data = Data(
             count=len(given),
             arguments=lambda batch: spread_batch(given[batch], mesh),
-            mask=lambda batch: None if masks is None else jnp.asarray(masks[batch]),
+            mask=lambda batch: None if masks is None else spread_batch(jnp.asarray(masks[batch]), mesh),
             store=store,
         )
     if mesh is not None:
-        spread_rows(model, mesh)
+        place_module(model, mesh)
     solved = quantize_block(model, rules, data)
     for path in solved.layers:
         store.drop(path)

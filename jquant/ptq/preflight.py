@@ -18,9 +18,12 @@ from pathlib import Path as FilePath
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
+from jquant.nn.mesh import AXES, DATA, axis_size
+from jquant.nn.placement import CUTTING
 from jquant.nn.surgery import Path
 from jquant.ptq.block import rule_needs_data
 from jquant.ptq.methods import SOLVERS
@@ -63,9 +66,17 @@ class Estimate:
 
 
 def estimate(
-    rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...]], *, tokens: int, itemsize: int = 4
+    rules: Mapping[Path, Rule],
+    shapes: Mapping[Path, tuple[int, ...]],
+    *,
+    tokens: int,
+    itemsize: int = 4,
+    mesh: Mesh | None = None,
 ) -> Estimate:
-    """Of quantizing layers of these shapes by these rules, with so many calibration tokens."""
+    """Of quantizing layers of these shapes by these rules, with so many calibration tokens.
+
+    On a mesh memory is that of one device, and devices share the work.
+    """
     needs_data = any(map(rule_needs_data, rules.values()))
     blocks: dict[str, list[Path]] = {}
     for path in shapes:
@@ -90,11 +101,12 @@ def estimate(
     seconds = operations / _rate()
     return Estimate(
         operations=operations,
-        seconds=seconds,
-        weight_bytes=(2 * largest + outer) * itemsize,
-        activation_bytes=activations,
-        statistic_bytes=4 * 4 * math.prod(widest[:-2]) * widest[-1] ** 2 + 6 * 4 * math.prod(widest),
-        available_bytes=_available(),
+        seconds=seconds / axis_size(mesh, *AXES),
+        weight_bytes=(2 * largest + outer) * itemsize // axis_size(mesh, *CUTTING),
+        activation_bytes=activations // axis_size(mesh, DATA),
+        statistic_bytes=4 * 4 * math.prod(widest[:-2]) * widest[-1] ** 2
+        + 6 * 4 * math.prod(widest) // axis_size(mesh, *CUTTING),
+        available_bytes=_available(1 if mesh is None else len(mesh.local_devices)),
     )
 
 
@@ -108,16 +120,16 @@ def _rate() -> float:
     return 2 * 1024**3 / (time.perf_counter() - started)
 
 
-def _available() -> int | None:
-    """Free bytes where the arrays will lie."""
+def _available(devices: int) -> int | None:
+    """Free bytes of a device that the arrays will lie on; on CPU so many share what is free."""
     if not on_cpu():
         stats = jax.local_devices()[0].memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
     try:
         for line in FilePath("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                return int(line.split()[1]) * 1024 // devices
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // devices
     except (OSError, ValueError, AttributeError):
         return None
 

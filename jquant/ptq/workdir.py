@@ -3,10 +3,11 @@
     definition.json       what the run computes; another run does not go on from here
     arrays/PART/          finished tensors (io/native.py)
     parts/PART.json       written after them, last: its being there says that the part is done
-    states-N.npy          what enters block N
+    states-N-ROW.npy      what enters block N: of each batch the rows from ROW on, as one device held them
 
 A run that was killed at any point goes on behind its last finished part, and gives the same bits: nothing that later
-blocks see is computed twice in different ways.
+blocks see is computed twice in different ways. Several processes see one folder: each writes what its devices hold,
+and one of them the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from jquant.io.atomic import replacing
 from jquant.io.folder_lock import locked_folder
 from jquant.io.json_file import read_json
 from jquant.io.native import ARRAYS, DESCRIPTION, complete, read_part, write_part
+from jquant.io.processes import in_all, on_writer
+from jquant.ptq.parts_on_host import Begin, begin_of, from_parts, parts_of
 
 _DEFINITION = "definition.json"
 _PARTS = "parts"
@@ -41,7 +44,7 @@ class Workdir:
     def record(self, part: str) -> dict[str, Any] | None:
         """What was said of a part when it was finished; None where it is not."""
         place = self.path / _PARTS / f"{part}.json"
-        return read_json(place)["record"] if place.exists() else None
+        return on_writer(lambda: read_json(place)["record"] if place.exists() else None)
 
     def read(self, part: str) -> dict[str, np.ndarray | QTensor]:
         """The tensors of a finished part. Raises InputError where they are damaged."""
@@ -53,37 +56,72 @@ class Workdir:
         """Saves a part. Raises InputError where it cannot be written, as on a full disk; it is then not there."""
         with self._writing():
             table = write_part(self.path, part, tensors)
-            with replacing(self.path / _PARTS / f"{part}.json") as file:
-                file.write(json.dumps({"table": table, "record": record}).encode())
+
+            def note() -> None:
+                with replacing(self.path / _PARTS / f"{part}.json") as file:
+                    file.write(json.dumps({"table": table, "record": record}).encode())
+
+            on_writer(note)
 
     def save_states(self, index: int, states: Sequence[Any]) -> None:
         """Keeps what enters block `index`, one array a batch, all of one shape; those of blocks long done go."""
-        with self._writing(), replacing(self._states(index)) as file:
-            for state in states:
-                array = np.asarray(state)
-                np.lib.format.write_array(file, array if array.dtype.isbuiltin == 1 else array.view(np.uint16))
-        for old in self.path.glob("states-*.npy"):
-            if int(old.stem.removeprefix("states-")) < index - 1:
-                old.unlink(missing_ok=True)
+        in_all(lambda: self._save_parts(index, states))
+        on_writer(lambda: self._drop_states(before=index - 1))
 
-    def load_states(self, index: int, count: int, dtype: np.dtype) -> list[jax.Array] | None:
-        """What `save_states` kept for this block; None where it is not there."""
-        if not self._states(index).exists():
+    def _save_parts(self, index: int, states: Sequence[Any]) -> None:
+        begins = list(parts_of(states[0], once=True))
+        with self._writing(), contextlib.ExitStack() as stack:
+            files = {begin: stack.enter_context(replacing(self._states(index, begin))) for begin in begins}
+            for state in states:
+                for begin, part in parts_of(state, once=True).items():
+                    plain = part if part.dtype.isbuiltin == 1 else part.view(np.uint16)
+                    np.lib.format.write_array(files[begin], plain)
+
+    def load_states(self, index: int, count: int, like: Any, sharding: Any) -> Iterator[jax.Array] | None:
+        """What `save_states` kept for this block, batch by batch; None where it is not there.
+
+        Args:
+            index: of the block.
+            count: of batches.
+            like: shape and dtype of one.
+            sharding: where it lies, as when it was saved; None for one device.
+        """
+        if not on_writer(lambda: any(self.path.glob(f"states-{index}-*.npy"))):
             return None
-        with self._states(index).open("rb") as file:
-            return [jax.device_put(np.lib.format.read_array(file).view(dtype)) for _ in range(count)]
+        return self._load_parts(index, count, like, sharding)
+
+    def _load_parts(self, index: int, count: int, like: Any, sharding: Any) -> Iterator[jax.Array]:
+        axes = {(0,) * len(like.shape)}
+        if sharding is not None:
+            axes = {begin_of(place) for place in sharding.addressable_devices_indices_map(like.shape).values()}
+        try:
+            with contextlib.ExitStack() as stack:
+                files = {begin: stack.enter_context(self._states(index, begin).open("rb")) for begin in axes}
+                for _ in range(count):
+                    parts = {begin: np.lib.format.read_array(file).view(like.dtype) for begin, file in files.items()}
+                    yield from_parts(like.shape, sharding, parts)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: what enters block {index} cannot be read: {error.strerror or error}; all processes must "
+                "see the same folder"
+            ) from error
 
     def complete(self, description: Mapping[str, Any], *, extra_files: Mapping[str, bytes] | None = None) -> None:
         """Makes a native checkpoint of the finished parts; `publish` gives it its name."""
-        with self._writing():
+
+        def join() -> None:
             table: dict[str, Any] = {}
             for place in sorted((self.path / _PARTS).glob("*.json")):
                 table |= read_json(place)["table"]
             complete(self.path, table, description, extra_files=extra_files)
 
+        with self._writing():
+            on_writer(join)
+
     def publish(self, target: Path) -> None:
         """Takes away what only an unfinished run needs, and gives the folder its final name, at once."""
-        with self._writing():
+
+        def rename() -> None:
             for old in self.path.glob("states-*.npy"):
                 old.unlink(missing_ok=True)
             shutil.rmtree(self.path / _PARTS, ignore_errors=True)
@@ -93,6 +131,9 @@ class Workdir:
             if target.exists():
                 target.rmdir()  # empty, as was checked; a folder replaces another only where that is
             self.path.rename(target)
+
+        with self._writing():
+            on_writer(rename)
 
     def activations(self) -> dict[str, str]:
         """The schemes of layers' inputs, by path, in all finished parts."""
@@ -104,10 +145,15 @@ class Workdir:
     @property
     def is_complete(self) -> bool:
         """Whether only the final name is missing."""
-        return (self.path / DESCRIPTION).exists()
+        return on_writer(lambda: (self.path / DESCRIPTION).exists())
 
-    def _states(self, index: int) -> Path:
-        return self.path / f"states-{index}.npy"
+    def _states(self, index: int, begin: Begin) -> Path:
+        return self.path / f"states-{index}-{begin[0]}.npy"
+
+    def _drop_states(self, *, before: int) -> None:
+        for old in self.path.glob("states-*.npy"):
+            if int(old.stem.split("-")[1]) < before:
+                old.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -132,18 +178,23 @@ def open_workdir(path: Path, definition: Mapping[str, Any]) -> Iterator[Workdir]
     definition = json.loads(json.dumps(definition))  # as it will be read back
     with locked_folder(path):
         workdir = Workdir(path)
-        try:
-            if not workdir.is_complete:
-                (path / _PARTS).mkdir(exist_ok=True)
-                (path / ARRAYS).mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
-        if (path / _DEFINITION).exists():
-            _check_same(path, read_json(path / _DEFINITION), definition)
-        elif not workdir.is_complete:
-            with replacing(path / _DEFINITION) as file:
-                file.write((json.dumps(definition, indent=1) + "\n").encode())
+        complete_already = workdir.is_complete
+        on_writer(lambda: _prepare(path, definition, is_complete=complete_already))
         yield workdir
+
+
+def _prepare(path: Path, definition: Mapping[str, Any], *, is_complete: bool) -> None:
+    try:
+        if not is_complete:
+            (path / _PARTS).mkdir(exist_ok=True)
+            (path / ARRAYS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
+    if (path / _DEFINITION).exists():
+        _check_same(path, read_json(path / _DEFINITION), definition)
+    elif not is_complete:
+        with replacing(path / _DEFINITION) as file:
+            file.write((json.dumps(definition, indent=1) + "\n").encode())
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

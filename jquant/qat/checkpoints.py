@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jquant.core.errors import InputError
 from jquant.io.atomic import replacing
 from jquant.io.json_file import read_json
+from jquant.io.processes import on_writer
 
 DEFINITION = "definition.json"
 STATES = "states"
@@ -129,7 +130,10 @@ def check_definition(folder: Path, definition: Mapping[str, Any]) -> None:
     Raises:
         InputError: the folder holds a run that differs; the message names the first difference.
     """
-    definition = json.loads(json.dumps(definition))  # as it will be read back
+    on_writer(lambda: _check_definition(folder, json.loads(json.dumps(definition))))  # as it will be read back
+
+
+def _check_definition(folder: Path, definition: Mapping[str, Any]) -> None:
     path = folder / DEFINITION
     if not path.exists() or not has_states(folder):
         with replacing(path) as file:

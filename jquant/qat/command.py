@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from jquant.core.errors import InputError
+from jquant.io.process_options import ProcessOptions
 from jquant.qat.config import QATConfig
 
 
@@ -43,6 +44,8 @@ class _Task:
     """Tokens in a window of it."""
     eval_windows: int | None = 16
     """How many windows of it; None for all."""
+    hosts: Annotated[ProcessOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ProcessOptions)
+    """Several processes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from jquant.core.errors import InputError
 
-# Fields that change what is watched and kept, not one bit of what is computed.
-_NOT_DECISIVE = ("eval_every", "checkpoint_every", "keep", "best", "tensorboard")
+# Fields that change what is watched and kept, not one bit of what is computed; and the mesh, on which the order of sums
+# depends and nothing else: a run may go on where other devices are free.
+_NOT_DECISIVE = ("mesh", "eval_every", "checkpoint_every", "keep", "best", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class QATConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of computation; masters and the optimizer's state are float32."""
     mesh: str = ""
-    """Devices by axis, as `data=4,fsdp=2`: rows are spread over both, parameters over fsdp; empty for one device."""
+    """Devices by axis, as `data=4,fsdp=2`: rows are spread over both, parameters over fsdp, and over tensor where it is
+    named; empty for one device."""
 
     eval_every: int | None = None
     """Steps between evaluations; the last step always has one."""

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from jquant.nn.mesh import TENSOR
+from jquant.nn.placement import parameter_shardings, state_shardings
 from jquant.qat.losses import LossFn
 from jquant.qat.state import Structure, TrainState
 
@@ -45,21 +47,29 @@ def make_step(
         loss_fn: (model, batch) -> (loss, metrics); where a teacher's graphdef is given (model, batch, teacher).
         optimizer: of the trained parameters.
         dtype: of computation; gradients and masters are float32.
-        shardings: of the state; None where there is one device. A parameter that is cut is gathered where it is used,
-            in the dtype of computation, and its gradient scattered (Rajbhandari et al., ZeRO, 1910.02054, stage 3).
+        shardings: of the state; None where there is one device. A parameter that is cut over "fsdp" is gathered over it
+            where it is used, in the dtype of computation, and its gradient scattered (Rajbhandari et al., ZeRO,
+            1910.02054, stage 3); so are the teacher's and those that are not trained. Cuts over "tensor" stay. XLA
+            decides how long what was gathered is held: on CPU it is all of it at once.
         mesh: of the shardings.
 
     The arrays of `state` are donated. Leaves of `batch` are [microbatches, rows, …]. A change of the structure, as
     between stages, compiles once more.
     """
 
+    def gathered(state: Any) -> Any:
+        """Whole over "fsdp"."""
+        if mesh is None:
+            return state
+        return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh, (TENSOR,)))
+
     def loss_of(
         trained: Any, rest: Any, fixed: Any, batch: Any, structure: Structure, teacher: nnx.Module | None
     ) -> tuple[Array, Any]:
         trained = structure.computing(trained, dtype)
         if mesh is not None:
-            whole = NamedSharding(mesh, PartitionSpec())
-            trained = jax.lax.with_sharding_constraint(trained, whole)
+            trained = jax.lax.with_sharding_constraint(trained, parameter_shardings(trained, mesh, (TENSOR,)))
+            fixed = gathered(fixed)
         model = structure.merge(trained, fixed, rest)
         loss, metrics = loss_fn(model, batch) if teacher is None else loss_fn(model, batch, teacher)
         changed = jax.tree.map(lambda new, old: new.astype(old.dtype), nnx.state(model, nnx.Not(nnx.Param)), rest)
@@ -80,7 +90,7 @@ def make_step(
         teacher_state: Any,
         batch: Any,
     ) -> tuple[TrainState, StepReport]:
-        teacher = None if teacher_graphdef is None else nnx.merge(teacher_graphdef, *teacher_state)
+        teacher = None if teacher_graphdef is None else nnx.merge(teacher_graphdef, *map(gathered, teacher_state))
 
         def gradient_of(*arguments: Any) -> tuple[Any, Any]:
             value, gradient = jax.value_and_grad(loss_of, has_aux=True)(*arguments)

@@ -19,10 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jquant.core.errors import InputError
 from jquant.io.folder_lock import locked_folder
+from jquant.io.processes import is_writer
+from jquant.nn.mesh import make_mesh
+from jquant.nn.placement import copied, fetched, parameter_shardings, put, state_shardings
 from jquant.qat import blowup
 from jquant.qat.batches import Batches
 from jquant.qat.checkpoints import Checkpoints, check_definition
@@ -31,7 +34,7 @@ from jquant.qat.losses import LossFn
 from jquant.qat.metrics import MetricsLog, StepRecord
 from jquant.qat.optimizer import make_optimizer, schedule
 from jquant.qat.schedule import FINAL, enter, rounded_to_nearest, stage_at
-from jquant.qat.sharding import make_mesh, parameter_shardings, spread_rows, state_shardings
+from jquant.qat.sharding import spread_rows, train_state_shardings
 from jquant.qat.state import Parts, TrainState, cast, split
 from jquant.qat.step import StepReport, make_step
 
@@ -96,7 +99,9 @@ def train(
     run = _Run(model, loss_fn, batches, config, teacher, eval_fn)
     with _kept(folder, config, definition or {}) as states:
         done = 0 if states is None or states.latest is None else run.restore(states, states.latest)
-        log = None if folder is None else MetricsLog(folder, done=done, tensorboard=config.tensorboard)
+        log = None
+        if folder is not None and is_writer():
+            log = MetricsLog(folder, done=done, tensorboard=config.tensorboard)
         try:
             last = run.steps(done, states, log, listen)
             best = None if states is None or config.best is None else states.best
@@ -139,11 +144,11 @@ class _Run:
         self.structure = parts.structure
         optimizer = make_optimizer(config, parts.groups)
         self.state, self.shardings = _placed(parts, optimizer, self.mesh)
-        self.fixed = _copied(parts.fixed, self.mesh)
+        self.fixed = _spread(parts.fixed, self.mesh)
         self.teacher = (None, None) if teacher is None else _teaching(teacher, config.dtype, self.mesh)
         self.step = make_step(loss_fn, optimizer, dtype=config.dtype, shardings=self.shardings, mesh=self.mesh)
         self.rates = np.asarray(schedule(config, config.learning_rate)(jnp.arange(config.steps)))
-        self.largest_at_start = jax.device_get(blowup.largest(self.state.trained))
+        self.largest_at_start = fetched(blowup.largest(self.state.trained))
         self.best = float("inf")
 
     def restore(self, states: Checkpoints, step: int) -> int:
@@ -190,7 +195,7 @@ class _Run:
             self.structure = parts.structure
             # With the number of bits scales change too. The optimizer goes on as it was.
             state = TrainState(parts.trained, parts.rest, self.state.optimizer)
-            self.state = state if self.shardings is None else jax.device_put(state, self.shardings)
+            self.state = state if self.shardings is None else jax.tree.map(put, state, self.shardings)
 
     def _split(self) -> Parts:
         return split(self.model, frozen=self.config.frozen, dtype=self.config.dtype)
@@ -225,7 +230,7 @@ class _Run:
     ) -> tuple[StepRecord, float]:
         """Fetches a step's figures, checks them, evaluates and keeps the state where it is time; then tells."""
         step, report, amount, unit = pending
-        report = jax.device_get(report)
+        report = fetched(report)
         now = time.perf_counter()
         if not report.finite:
             self._diverged(step, report, states)
@@ -270,7 +275,7 @@ class _Run:
 
     def _diverged(self, step: int, report: StepReport, states: Checkpoints | None) -> None:
         names = self.structure.names
-        now = jax.device_get(blowup.largest(self.state.trained))
+        now = fetched(blowup.largest(self.state.trained))
         pointed = blowup.culprit(names, self.largest_at_start, now, np.asarray(report.norms))
         latest = None if states is None else states.latest
         kept = "no state was kept" if latest is None else f"the last good state is that of step {latest}"
@@ -299,24 +304,27 @@ def _kept(folder: Path | None, config: QATConfig, definition: Mapping[str, Any])
 
 def _placed(parts: Parts, optimizer: Any, mesh: Mesh | None) -> tuple[TrainState, Any]:
     """The first state, in arrays of its own, on the devices; and where it lies, on a mesh."""
-    trained = jax.tree.map(jnp.copy, parts.trained)
-    state = TrainState(trained, jax.tree.map(jnp.copy, parts.rest), optimizer.init(trained))
     if mesh is None:
-        return state, None
-    parameters = parameter_shardings(trained, mesh)
-    shardings = state_shardings(state, parameters, mesh)
-    return jax.device_put(state, shardings), shardings
+        trained = jax.tree.map(jnp.copy, parts.trained)
+        return TrainState(trained, jax.tree.map(jnp.copy, parts.rest), optimizer.init(trained)), None
+    places = parameter_shardings(parts.trained, mesh)
+    trained = {name: jnp.copy(put(array, places[name])) for name, array in parts.trained.items()}
+    shapes = jax.eval_shape(optimizer.init, trained)
+    moments = jax.jit(optimizer.init, out_shardings=train_state_shardings(shapes, places, mesh))(trained)
+    state = TrainState(trained, jax.tree.map(jnp.copy, copied(parts.rest, mesh)), moments)
+    return state, train_state_shardings(state, places, mesh)
 
 
-def _copied(tree: Any, mesh: Mesh | None) -> Any:
-    """What is not trained: whole on every device."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def _spread(tree: Any, mesh: Mesh | None) -> Any:
+    """What is not trained, by the same rules."""
+    return tree if mesh is None else jax.tree.map(put, tree, state_shardings(tree, mesh))
 
 
 def _teaching(teacher: nnx.Module, dtype: str, mesh: Mesh | None) -> tuple[nnx.GraphDef, tuple[Any, Any]]:
     """The teacher's graphdef and states, parameters in the dtype of computation; what is packed stays as it is."""
     graphdef, params, rest = nnx.split(teacher, nnx.Param, ...)
-    return graphdef, _copied((jax.tree.map(lambda leaf: cast(leaf, dtype), params), rest), mesh)
+    params = jax.tree.map(lambda leaf: cast(leaf, dtype), params)
+    return graphdef, (_spread(params, mesh), _spread(rest, mesh))
 
 
 def _divides(every: int | None, step: int) -> bool:

@@ -1,0 +1,57 @@
+"""A model is quantized in the memory of a few of its blocks, however many it has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jquant.io.native import open_native
+from tests.processes import ROOT
+from tests.streaming import block_bytes, write_deep
+
+HIDDEN = 1024
+BLOCK = block_bytes(HIDDEN)  # 67 MB
+WORKSPACE = 6 * 4 * HIDDEN * 4 * HIDDEN  # of solving the widest matrix, as the preflight has it: 101 MB
+RUNTIME = 250_000_000  # stacks and arenas of threads, compiled programs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc"),
+]
+
+
+def _quantized(folder: Path, layers: int, hidden: int, room: int) -> dict[str, int]:
+    write_deep(folder / "model", layers, hidden)
+    # Freed memory goes back to the system at once: what is measured is what is in use.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "tests.streaming", str(folder / "model"), str(folder / "out"), str(room)]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Two blocks, the workspace of one layer and the runtime; at 12 blocks less than the weights in floats take."""
+    room = 2 * BLOCK + WORKSPACE + RUNTIME
+    small = tmp_path / "small"
+    small.mkdir()
+    base = _quantized(small, 2, 64, room)["most"]  # of the runtime: a model that weighs nothing
+    peaks = []
+    for layers in (3, 6, 12):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        found = _quantized(folder, layers, HIDDEN, room)
+        peaks.append(found["most"] - base)
+        parts = {path.name for path in (folder / "out" / "arrays").iterdir()}
+        assert parts == {"outer", *(f"block-{index:04d}" for index in range(layers))}
+        assert len(open_native(folder / "out").names) == 9 * layers + 2
+        if layers == 12:
+            assert found["whole"] is None  # the limit holds: all weights at once find no room
+    print(f"peaks beyond the runtime's {base / 1e6:.0f} MB: {[f'{peak / 1e6:.0f} MB' for peak in peaks]}")
+    assert max(peaks) < 2 * BLOCK + WORKSPACE
+    assert peaks[-1] < peaks[0] + BLOCK / 2
