@@ -30,7 +30,7 @@ from jquant.ptq.rtn import selected_layers
 from jquant.sweep.config import SweepConfig
 from jquant.sweep.grid import Point
 from jquant.sweep.quantize import check_fits
-from jquant.sweep.ray_cluster import cluster, one_line, requests, room
+from jquant.sweep.ray_cluster import cannot_start, cluster, one_line, requests, room
 from jquant.sweep.ray_worker import CellWorker, Job, versions
 from jquant.sweep.results import Cell
 from jquant.sweep.statistics import wanted
@@ -73,7 +73,9 @@ class _Call:
     shared: Any = None  # where the object store will hold what all cells share
 
 
+# What `_Call.name` is where it is no cell; the last is what was lost with a host.
 _START, _OPEN, _REFERENCE, _STATISTICS = "starting a worker", "loading the model", "the reference", "statistics"
+_SHARED = "what all cells share"
 
 
 class _Crew:
@@ -91,6 +93,7 @@ class _Crew:
         self._deaths: Counter[str] = Counter()
         self._hidden: Any = None  # references into the object store, once computed
         self._statistics: Any = None
+        self._most = 1  # workers at once so far
         self._looked = -math.inf  # when capacity was last looked at
 
     def run(self) -> None:
@@ -120,6 +123,7 @@ class _Crew:
         self._looked = time.monotonic()
         for _ in range(min(room(self._ray, self._requests), len(self._left)) - len(self._workers)):
             self._start()
+        self._most = max(self._most, len(self._workers))
 
     def _start(self) -> None:
         cpus, gpus = self._requests["CPU"], self._requests["GPU"]
@@ -179,19 +183,22 @@ class _Crew:
         errors = self._ray.exceptions
         try:
             value = self._ray.get(result)
+        except errors.ObjectLostError as error:  # a host went, with what it held for all; also where a task says so
+            self._idle.append(call.worker)
+            if self._hidden is not None or self._statistics is not None:  # the first to notice
+                self._hidden = self._statistics = None
+                self._again(_SHARED, error, "a host that held it")
+            return
         except errors.RayTaskError as error:
             if isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
             raise
-        except errors.ObjectLostError as error:  # a host went, and what it held for all
-            self._hidden = self._statistics = None
-            self._idle.append(call.worker)
-            self._again(call, error)
-            return
         except errors.RayError as error:  # the worker, or its host, is gone
+            if "in its creation task" in str(error):
+                raise InputError(cannot_start(error)) from None
             self._ray.kill(call.worker)
             host = self._workers.pop(call.worker)
-            self._again(call, error, host)
+            self._again(call.name, error, f"the worker on {host}" if host else "a worker, or its host,")
             return
         if call.name == _START:
             self._calls[call.worker.open.remote(self._job)] = dataclasses.replace(call, name=_OPEN)
@@ -209,6 +216,7 @@ class _Crew:
             self._tell("statistics", share=1.0, seconds=value)
         elif call.point is not None:
             self._work.store.write(value)
+            self._deaths[_SHARED] = 0
             self._done(call.point, value)
 
     def _opened(self, worker: Any, found: Mapping[str, str]) -> None:
@@ -219,17 +227,17 @@ class _Crew:
         where = {"device": f"{found['device']} (workers on Ray)"}
         dataclasses.replace(store, environment={**store.environment, **where}).make()
 
-    def _again(self, call: _Call, error: Exception, host: str = "") -> None:
+    def _again(self, name: str, error: Exception, who: str) -> None:
         """Counts a death, and says so; what was being done is still to do."""
-        self._deaths[call.name] += 1
-        count, reason = self._deaths[call.name], one_line(error)
-        who = f"the worker on {host}" if host else "a worker or its host"
-        if count == ATTEMPTS:
+        self._deaths[name] += 1
+        count, reason = self._deaths[name], one_line(error)
+        limit = ATTEMPTS * (self._most if name in (_START, _OPEN) else 1)
+        if count == limit:
             raise InputError(
-                f"{call.name}: {who} died {count} times in a row, at last with: {reason}. Where memory is the cause, "
-                f"give more by --memory-per-cell; finished cells are kept in {self._work.config.out}"
+                f"{name}: {who} died, {count} times in a row now ({reason}). Where memory is the cause, give more by "
+                f"--memory-per-cell; finished cells are kept in {self._work.config.out}"
             )
-        self._tell("load", note=f"{who} died ({reason}); again: {call.name}, attempt {count + 1} of {ATTEMPTS}")
+        self._tell(name, note=f"{who} died ({reason}); again: {name}, attempt {count + 1} of {limit}")
 
     def _claim(self, point: Point) -> bool:
         """Whether this process holds the cell, or does from now."""

@@ -6,10 +6,12 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jquant import __version__
 from jquant.core.errors import InputError
 from jquant.sweep.config import SweepConfig
 
@@ -58,8 +60,20 @@ def room(ray: Any, wanted: Mapping[str, float]) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """Ray's messages are paragraphs; this is the beginning of one."""
-    return " ".join(str(error).split())[:300]
+    """What Ray says, which are paragraphs, in a line: from where it says why, as far as it does."""
+    text = " ".join(str(error).split())
+    return text[max(0, text.find("The actor died because")) :][:240].strip(". ")
+
+
+def cannot_start(error: BaseException) -> str:
+    """Of a worker that could not even begin, mostly because something is not installed where it runs."""
+    text = str(error).strip()
+    found = re.search(r"\bip=([^,)]+)", text)
+    where = f" on {found[1]}" if found else ""
+    return (
+        f"a worker{where} cannot start: {text.splitlines()[-1].strip()}: install jquant {__version__} with jquant[ray] "
+        "on every host of the Ray cluster, for the Python that `ray start` uses"
+    )
 
 
 @contextlib.contextmanager
