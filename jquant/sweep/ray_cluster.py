@@ -35,7 +35,10 @@ def cluster(config: SweepConfig) -> Iterator[Any]:
     """
     check_extra()
     ray: Any = importlib.import_module("ray")
-    with contextlib.nullcontext() if ray.is_initialized() else _connection(ray, config.ray_address):
+    connected = ray.is_initialized()
+    if connected and config.ray_address is not None:
+        raise InputError(f"ray-address {config.ray_address}: this process is connected to a Ray cluster already")
+    with contextlib.nullcontext() if connected else _connection(ray, config.ray_address):
         if config.gpus_per_cell is None and ray.cluster_resources().get("GPU"):
             raise InputError("the Ray cluster has GPUs: say --gpus-per-cell 1 to use them, or 0 to compute on CPUs")
         yield ray
@@ -80,7 +83,7 @@ def cannot_start(error: BaseException) -> str:
 def _connection(ray: Any, address: str | None) -> Iterator[None]:
     named = address or os.environ.get("RAY_ADDRESS")
     if named is not None and ":" in named:
-        _check_reachable(named)
+        check_reachable(named)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody of it
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -93,7 +96,7 @@ def _connection(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Raises InputError where nothing answers; Ray itself would try for two minutes and then end the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
