@@ -89,7 +89,8 @@ def _connection(ray: Any, address: str | None) -> Iterator[None]:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, SystemExit) as error:  # Ray's own words, also on versions
         what = "a Ray cluster cannot be started here" if named is None else f"ray-address {named}"
-        raise InputError(f"{what}: {one_line(error)}") from error
+        token = "" if named is None else "; a cluster that asks for a token wants RAY_AUTH_MODE=token here too"
+        raise InputError(f"{what}: {one_line(error)}{token}") from error
     try:
         yield
     finally:
