@@ -53,8 +53,8 @@ class SweepConfig:
     executor: Literal["local", "ray"] = "local"
     """Where cells are computed: in this process, or by workers on a Ray cluster (needs jquant[ray])."""
     ray_address: str | None = None
-    """Of the cluster: HOST:PORT, ray://HOST:PORT or auto; by default RAY_ADDRESS, else a cluster that runs on this
-    machine, else one that is started on it for this sweep."""
+    """Of the cluster: HOST:PORT, ray://HOST:PORT, or auto for one that runs on this machine; by default RAY_ADDRESS,
+    else one is started on this machine for this sweep."""
     cpus_per_cell: int | None = None
     """Cores that Ray sets aside for a worker, and threads that it uses; by default 1."""
     gpus_per_cell: float | None = None

@@ -81,12 +81,14 @@ def cannot_start(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _connection(ray: Any, address: str | None) -> Iterator[None]:
-    named = address or os.environ.get("RAY_ADDRESS")
-    if named is not None and ":" in named:
+    named = address or os.environ.get("RAY_ADDRESS") or None
+    if named == "auto":
+        check_reachable(_running_here())
+    elif named is not None and ":" in named:
         check_reachable(named)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody of it
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=named or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, SystemExit) as error:  # Ray's own words, also on versions
         what = "a Ray cluster cannot be started here" if named is None else f"ray-address {named}"
         token = "" if named is None else "; a cluster that asks for a token wants RAY_AUTH_MODE=token here too"
@@ -113,6 +115,15 @@ def check_reachable(address: str) -> None:
             f"ray-address {address}: no Ray cluster answers there ({reason}); `ray start --head` prints the address, "
             "and `ray status` on that host tells whether it runs"
         ) from error
+
+
+def _running_here() -> str:
+    """The address that `auto` means: what `ray start` left on this machine, which may have ended since."""
+    services: Any = importlib.import_module("ray._private.services")  # Ray has no public name for it
+    try:
+        return services.canonicalize_bootstrap_address("auto")
+    except ConnectionError as error:
+        raise InputError(f"ray-address auto: {one_line(error)}") from error
 
 
 def _room_on(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:
