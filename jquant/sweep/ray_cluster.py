@@ -92,7 +92,8 @@ def _connection(ray: Any, address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, SystemExit) as error:  # Ray's own words, also on versions
         what = "a Ray cluster cannot be started here" if named is None else f"ray-address {named}"
         token = "" if named is None else "; a cluster that asks for a token wants RAY_AUTH_MODE=token here too"
-        raise InputError(f"{what}: {one_line(error)}{token}") from error
+        reason = "Ray gave up waiting for it" if isinstance(error, SystemExit) else one_line(error)
+        raise InputError(f"{what}: {reason}{token}") from error
     try:
         yield
     finally:
