@@ -7,6 +7,8 @@ process held once JAX had started. Linux only.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
 import tempfile
@@ -106,6 +108,8 @@ class _Meter:
         self._wall.append(time.perf_counter() - self._started[0])
         self._processor.append(time.process_time() - self._started[1])
         if len(self._wall) == 1:
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what compiling has left
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         self.start()
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jquant.core.errors import InputError
+from jquant.io.locate import DEMO
 from jquant.ptq.rtn import selected_layers
 from jquant.sweep.config import SweepConfig
 from jquant.sweep.grid import Point
@@ -89,6 +90,7 @@ class _Crew:
         self._idle: list[Any] = []
         self._calls: dict[Any, _Call] = {}  # by the reference of what it will return
         self._left = list(work.points)
+        self._has_reference = work.store.read(work.reference_id) is not None
         self._claims: dict[Point, contextlib.ExitStack] = {}
         self._deaths: Counter[str] = Counter()
         self._hidden: Any = None  # references into the object store, once computed
@@ -98,9 +100,9 @@ class _Crew:
 
     def run(self) -> None:
         """Until no cell is left."""
-        while self._left:
+        self._collect_found()
+        while self._left or not self._has_reference:
             self._hire()
-            self._collect_found()
             self._idle = [worker for worker in self._idle if not self._give(worker)]
             if not self._calls:
                 time.sleep(_POLL_SECONDS)  # all that is left is held by other processes
@@ -121,7 +123,7 @@ class _Crew:
         if time.monotonic() < self._looked + _POLL_SECONDS:
             return
         self._looked = time.monotonic()
-        for _ in range(min(room(self._ray, self._requests), len(self._left)) - len(self._workers)):
+        for _ in range(min(room(self._ray, self._requests), max(1, len(self._left))) - len(self._workers)):
             self._start()
         self._most = max(self._most, len(self._workers))
 
@@ -139,9 +141,8 @@ class _Crew:
         self._calls[worker.check.remote(self._driver)] = _Call(worker=worker, name=_START)
 
     def _collect_found(self) -> None:
-        """Cells that are in the folder: from an earlier run, or by another process."""
-        doing = {call.point for call in self._calls.values()}
-        for point in [point for point in self._left if point not in doing]:
+        """Cells that an earlier run, or another process, has finished."""
+        for point in list(self._left):
             cell = self._work.store.read(self._work.ids[point])
             if cell is not None:
                 self._done(point, cell)
@@ -154,6 +155,10 @@ class _Crew:
         for point in sorted(self._left, key=lambda point: point.needs_data):
             lacking = point.needs_data and self._statistics is None
             if str(point) in doing or (lacking and _STATISTICS in doing) or not self._claim(point):
+                continue
+            cell = self._work.store.read(self._work.ids[point])
+            if cell is not None:  # by another process since
+                self._done(point, cell)
                 continue
             return self._ask_statistics(worker) if lacking else self._ask_cell(worker, point)
         return False
@@ -211,6 +216,7 @@ class _Crew:
             with self._work.store.claim(self._work.reference_id, wait=True):
                 if self._work.store.read(self._work.reference_id) is None:
                     self._work.store.write(value)
+            self._has_reference = True
         elif call.name == _STATISTICS:
             self._statistics = call.shared
             self._tell("statistics", share=1.0, seconds=value)
@@ -261,9 +267,9 @@ class _Crew:
 
 def _job(work: Work) -> Job:
     config = work.config
-    local = Path(config.model).expanduser().exists()
+    is_path = config.model != DEMO and Path(config.model).expanduser().exists()
     return Job(
-        model=str(work.checkpoint.path.resolve()) if local else config.model,
+        model=str(work.checkpoint.path.resolve()) if is_path else config.model,
         sha256=work.checkpoint.sha256(),
         dtype=config.dtype,
         layers=config.layers,

@@ -105,6 +105,9 @@ def test_numbers_are_those_of_a_local_sweep(address: str, model: Path, local: Sw
     # A local run of the same folder finds the same cells.
     again = run_sweep(_config(model, tmp_path / "out", executor="local", memory_per_cell=None))
     assert again == sweep
+    for lost in (sweep.reference, sweep.cells[3]):
+        (tmp_path / "out" / "cells" / f"{lost.id}.json").unlink()
+    assert _numbers(run_sweep(_config(model, tmp_path / "out"))) == _numbers(local)
     assert _await(lambda: not _workers())
 
 
