@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -71,9 +70,15 @@ class Series:
     megabytes: tuple[float, ...]
     held: tuple[float, ...]  # megabytes by theory
 
-    def slopes(self) -> dict[str, float]:
-        """Exponents: of the straight line through logarithms, measured and of theory at the same points."""
-        return {name: _slope(self.points, getattr(self, name)) for name in ("seconds", "least", "megabytes", "held")}
+    def exponents(self) -> tuple[float, float]:
+        """Of time: of the straight line through logarithms, as measured and as theory has it at the same points."""
+        return _exponent(self.points, self.seconds), _exponent(self.points, self.least)
+
+    def memory_slope(self) -> float | None:
+        """Of measured memory over theory's, 1 where they grow alike; None where theory has it constant."""
+        if max(self.held) < 1.01 * min(self.held):
+            return None
+        return float(np.polyfit(self.held, self.megabytes, 1)[0])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paper = estimates(factors)
     record = {
         "device": device,
-        "series": [dataclasses.asdict(each) | {"slopes": each.slopes()} for each in found],
+        "series": [
+            dataclasses.asdict(each) | {"exponents": each.exponents(), "memory_slope": each.memory_slope()}
+            for each in found
+        ],
         "factors": factors,
         "estimates": paper,
     }
@@ -208,20 +216,18 @@ def _child(asked: dict[str, Any], out: Path) -> dict[str, float]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def _slope(points: Sequence[float], values: Sequence[float]) -> float:
-    if min(values) <= 0:
-        return math.nan
+def _exponent(points: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(points), np.log(values), 1)[0])
 
 
 def _slope_table(found: Sequence[Series]) -> list[str]:
-    lines = [f"{'exponent of':24}{'time':>8}{'theory':>8}{'memory':>10}{'theory':>8}   measured, first and last point"]
+    lines = [f"{'':22}{'time ~ size^':>12}{'theory':>8}{'MB a MB of theory':>20}   first and last point"]
     for each in found:
-        slopes = each.slopes()
+        (time, theory), memory = each.exponents(), each.memory_slope()
+        grown = "constant" if memory is None else f"{memory:.2f}"
         lines.append(
-            f"{f'{each.stage} in {each.axis}':24}{slopes['seconds']:8.2f}{slopes['least']:8.2f}"
-            f"{slopes['megabytes']:10.2f}{slopes['held']:8.2f}   {each.seconds[0]:.2f} to {each.seconds[-1]:.2f} s, "
-            f"{each.megabytes[0]:,.0f} to {each.megabytes[-1]:,.0f} MB"
+            f"{f'{each.stage}, {each.axis}':22}{time:12.2f}{theory:8.2f}{grown:>20}   "
+            f"{each.seconds[0]:.2f} … {each.seconds[-1]:.2f} s, {each.megabytes[0]:,.0f} … {each.megabytes[-1]:,.0f} MB"
         )
     return lines
 

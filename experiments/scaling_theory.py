@@ -14,6 +14,7 @@ Bytes held beside the runtime, b a float's bytes:
     evaluation   b·(P' + w·row)              sweep   b·(2·P' + T·d + w·row)       P' with embeddings and head
     QAT          16·P' + b·T·layers·row for the backward pass, row = 4·d + q, k, v + 3·inner
     quantize     b·(2·weights of a block + 2·T·d + w·row) + 8·Σ in² of a block: Gram matrices and their factors
+                 + b·P', the checkpoint's pages: mapped, counted in the resident set, dropped where memory is short
 
 Least seconds on a device: each part the longer of its operations / rate and its bytes / bandwidth, the bytes of a pass
 being the weights, once a window (jquant/hardware/roofline.py has the same for prefill and decoding). The estimate is
@@ -83,8 +84,8 @@ def parts(stage: str, shape: ModelShape, load: Load) -> dict[str, Part]:
     }
 
 
-def held_bytes(stage: str, shape: ModelShape, load: Load, *, float_bytes: int = 4) -> float:
-    """Beside the runtime and what is constant in it."""
+def held_bytes(stage: str, shape: ModelShape, load: Load, *, float_bytes: int = 4, mapped: bool = True) -> float:
+    """Beside the runtime and what is constant in it; `mapped` with a quantized checkpoint's own pages."""
     row = 4 * shape.hidden_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     row += 3 * shape.intermediate_size
     states = float_bytes * load.tokens * shape.hidden_size
@@ -97,7 +98,8 @@ def held_bytes(stage: str, shape: ModelShape, load: Load, *, float_bytes: int = 
     if stage == "QAT":
         return 16 * shape.parameters + float_bytes * load.tokens * shape.num_layers * row
     block = shape.block_weights / shape.num_layers
-    return 2 * float_bytes * block + 8 * sum(width**2 for width in _inputs(shape)) + 2 * states + window
+    gram = 8 * sum(width**2 for width in _inputs(shape))
+    return 2 * float_bytes * block + gram + 2 * states + window + (weights if mapped else 0)
 
 
 def least_seconds(
@@ -131,7 +133,7 @@ def estimate(stage: str, shape: ModelShape, load: Load, device: Device, *, facto
     Args:
         factor: by how much measured runs of the stage exceed the roofline of the device they ran on.
     """
-    held = held_bytes(stage, shape, load, float_bytes=2)
+    held = held_bytes(stage, shape, load, float_bytes=2, mapped=False)
     each, bandwidth = usable_bytes(device), device.bandwidth_gb_s
     rates = [device.rate(name) for name in ("bf16", "fp32")]
     assert each is not None
