@@ -1,6 +1,51 @@
 """How time and memory of quantize, evaluation, sweep and QAT grow with layers, width, tokens and cells.
 
-Command:   python -m experiments.scaling --out DIR     (goes on where an earlier call was stopped; needs jquant[report])
+Command:   python -m experiments.scaling --out DIR     (goes on where an earlier call was stopped; needs jquant[report]
+           and jquant[qat]; Linux). Writes scaling.json and scaling.png, as experiments/scaling.png
+Cost:      43 measurements, each a process of its own: 23 minutes on two cores that others kept busy (load 10), a good
+           part of it compiling; 2 GB of memory
+Model:     Llamas with random weights over bytes, 4 blocks of width 512 unless that is what changes; 1,024 tokens in
+           windows of 256, sweeps of 2 cells. quantize: GPTQ to int4:g64, streamed from disk to disk; evaluation:
+           perplexity; sweep: round to nearest, with the reference; QAT: a step of AdamW on all weights, int4:g64
+Theory:    operations and bytes of experiments/scaling_theory.py, at the same points: its exponents are not whole where
+           parts of other growth are added. Memory is compared as MB measured for each MB of theory, ideally 1
+Expected:  exponents of layers and tokens as in theory. Those of width lie below it while matrices are small, where what
+           grows with blocks and not with width counts too: from 512 to 768 evaluation grows with 1.8 (1.9), sweep with
+           1.5, QAT with 1.9, quantize with 2.1 (2.2). GPTQ hardly grows with tokens: its columns and the search of
+           their ranges, which theory leaves out, do not depend on them
+Measured:  2026-11-26, CPU (2 cores of an AMD EPYC, busy otherwise: processor time, all threads together; jax 0.10.2)
+
+                          time ~ size^  theory   MB a MB of theory   first and last point
+    quantize, layers              0.97    1.00                1.69   1.18 … 8.87 s, 325 … 480 MB
+    quantize, width               1.33    2.07                1.33   0.91 … 10.14 s, 223 … 591 MB
+    quantize, tokens              0.25    0.87                5.26   3.99 … 6.71 s, 354 … 434 MB
+    evaluation, layers            0.92    0.98                0.86   0.12 … 0.80 s, 136 … 207 MB
+    evaluation, width             1.43    1.92                1.00   0.06 … 0.84 s, 117 … 251 MB
+    evaluation, tokens            1.00    1.00            constant   0.21 … 1.65 s, 142 … 146 MB
+    sweep, layers                 0.82    0.98                0.95   0.68 … 3.63 s, 202 … 372 MB
+    sweep, width                  1.19    1.91                0.95   0.44 … 3.57 s, 186 … 435 MB
+    sweep, tokens                 0.72    0.99                1.35   1.25 … 5.67 s, 254 … 264 MB
+    sweep, cells                  0.70    0.73            constant   1.32 … 5.51 s, 247 … 374 MB
+    QAT, layers                   1.00    0.98                1.17   0.38 … 3.07 s, 325 … 1,527 MB
+    QAT, width                    1.68    1.92                1.01   0.16 … 3.20 s, 329 … 1,452 MB
+    QAT, tokens                   1.05    0.98                1.68   0.74 … 6.70 s, 717 … 1,876 MB
+
+           A core reached 92e9 operations and 17 GB a second; at width 768 quantize took 3.9 times its roofline,
+           evaluation 1.2, sweep 1.7, QAT 1.5. A sweep's memory grows with cells where theory has none: presumably by
+           the programs that each scheme compiles
+On paper:  the roofline of a device times those factors, in bfloat16, on as few devices (a power of two) as hold it, and
+           47 µs for each of GPTQ's columns (of an H100, taken for the others too). 128 × 2,048 calibration tokens,
+           290,000 tokens of evaluation, a sweep of 24 cells over 8,192, QAT on 100 million tokens, 16,384 a pass. No
+           links, no disks, and factors of a CPU, which comes nearer its peak than a GPU: an order of magnitude, and
+           rather too little
+
+                            quantize             evaluation              sweep                    QAT
+    70B   h100-sxm   14.1 min on 1 (21 GB)  0.4 min on 2 (142 GB)   0.2 min on 4 (283 GB)    17.9 min on 64 (3,001 GB)
+    70B   b200        9.6 min on 1          0.4 min on 1            0.2 min on 2             15.7 min on 32
+    70B   mi300x     11.3 min on 1          0.6 min on 1            0.3 min on 2             26.8 min on 32
+    405B  h100-sxm    1.3 h on 1 (60 GB)    0.3 min on 16 (813 GB)  0.2 min on 32 (1,625 GB) 25.8 min on 256 (14,535 GB)
+    405B  b200       49.4 min on 1          0.3 min on 8            0.1 min on 16            22.7 min on 128
+    405B  mi300x     55.0 min on 1          0.4 min on 8            0.2 min on 16            38.5 min on 128
 """
 
 from __future__ import annotations
@@ -35,10 +80,10 @@ AXES: dict[str, tuple[int, ...]] = {
     "cells": (1, 2, 4, 8),
 }
 MODELS, DEVICES = ("llama-3-70b", "llama-3-405b"), ("h100-sxm", "b200", "mi300x")
-# What the paper estimate runs: GPTQ's calibration of 128 × 2,048 tokens, WikiText-2, a sweep of 24 cells over 8,192
-# tokens (the demo's), and QAT on 100 million tokens.
+# Tokens of the paper estimate: GPTQ's calibration of 128 × 2,048, WikiText-2, a sweep of 24 cells over as many as the
+# demo's, and QAT on 100 million, 16,384 a forward pass.
 PAPER = {"quantize": 262_144, "evaluation": 290_000, "sweep": 8_192, "QAT": 100_000_000}
-PAPER_STEP = 1_048_576  # tokens of a training step
+PAPER_STEP = 16_384
 PAPER_WINDOW, PAPER_CELLS = 2_048, 24
 
 
@@ -241,14 +286,12 @@ def _factor_lines(factors: dict[str, float], device: dict[str, float]) -> list[s
 
 
 def _paper_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"{'on paper':14}{'device':10}" + "".join(f"{stage:>24}" for stage in STAGES)]
+    lines = [f"{'on paper':14}{'device':10}" + "".join(f"{stage:>27}" for stage in STAGES)]
     for name in MODELS:
         for device in DEVICES:
             cells = [row for row in rows if (row["model"], row["device"]) == (name, device)]
-            shown = "".join(
-                f"{_hours(row['hours'])} on {row['devices']} ({row['gigabytes']:,.0f} GB)".rjust(24) for row in cells
-            )
-            lines.append(f"{name:14}{device:10}{shown}")
+            shown = [f"{_hours(row['hours'])} on {row['devices']} ({row['gigabytes']:,.0f} GB)" for row in cells]
+            lines.append(f"{name:14}{device:10}" + "".join(f"{each:>27}" for each in shown))
     return lines
 
 
