@@ -165,7 +165,7 @@ def _gptq_model() -> dict[str, Row]:
 def _gptq_six() -> Row:
     """What a sweep spends on quantizing with one GPTQ scheme, statistics included, and with six."""
     import jquant
-    from jquant.sweep.run import Event
+    from jquant.sweep.work import Event
 
     schemes = ("int4:g64", "int4:g32", "int3:g64", "int4:g64:asym", "int3:g64:asym", "int2:g32:asym")
     seconds: list[float] = []
@@ -267,7 +267,7 @@ def _sweep() -> Row:
     import jax
 
     import jquant
-    from jquant.sweep.run import Event
+    from jquant.sweep.work import Event
 
     compiling = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,6 +50,17 @@ class SweepConfig:
     """Of the unquantized weights and of computation."""
     report: bool = True
     """Write plots and the HTML report (needs jquant[report]); tables are always written."""
+    executor: Literal["local", "ray"] = "local"
+    """Where cells are computed: in this process, or by workers on a Ray cluster (needs jquant[ray])."""
+    ray_address: str | None = None
+    """Of the cluster: HOST:PORT, ray://HOST:PORT, or auto for one that runs on this machine; by default RAY_ADDRESS,
+    else one is started on this machine for this sweep."""
+    cpus_per_cell: int | None = None
+    """Cores that Ray sets aside for a worker, and threads that it uses; by default 1."""
+    gpus_per_cell: float | None = None
+    """GPUs that Ray sets aside for a worker: 1, a share of one, or 0 for CPUs; to be said where the cluster has any."""
+    memory_per_cell: float | None = None
+    """GB of main memory that Ray sets aside for a worker; by default twice the model's and one; 0 for none."""
 
     def __post_init__(self) -> None:
         if not self.schemes:
@@ -62,3 +74,17 @@ class SweepConfig:
         for size in self.groups:
             if size < 1:
                 raise InputError(f"groups: {size} is no group size; each must be at least 1")
+        self._check_executor()
+
+    def _check_executor(self) -> None:
+        for name in ("ray_address", "cpus_per_cell", "gpus_per_cell", "memory_per_cell"):
+            if self.executor != "ray" and getattr(self, name) is not None:
+                raise InputError(f"{name.replace('_', '-')}: is for workers on Ray: add --executor ray or leave it out")
+        if self.cpus_per_cell is not None and self.cpus_per_cell < 1:
+            raise InputError(f"cpus-per-cell {self.cpus_per_cell}: it must be at least 1")
+        if self.gpus_per_cell is not None and not 0 <= self.gpus_per_cell <= 1:
+            raise InputError(
+                f"gpus-per-cell {self.gpus_per_cell:g}: a cell runs on one device: give 1, a share of one, or 0 for CPU"
+            )
+        if self.memory_per_cell is not None and not 0 <= self.memory_per_cell < math.inf:
+            raise InputError(f"memory-per-cell {self.memory_per_cell:g}: it must be a number of GB, or 0")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,36 +16,21 @@ from jquant.data.blocks import TextTokenizer, Windows, check_disjoint, text_wind
 from jquant.data.text import load_text
 from jquant.evaluation.result import Protocol
 from jquant.evaluation.scoring import prepare_reference
-from jquant.kernels.dispatch import on_cpu
 from jquant.models.checkpoint import Checkpoint, open_checkpoint
 from jquant.models.decoder import check_length
 from jquant.ptq.rtn import selected_layers
-from jquant.sweep.cell import FLOAT, Subject, measure, reference_cell
+from jquant.sweep import executor_ray, ray_cluster
+from jquant.sweep.cell import FLOAT, NUMERICS, Subject, measure, reference_cell
 from jquant.sweep.config import SweepConfig
 from jquant.sweep.grid import ROUNDING, Point, grid
 from jquant.sweep.plots import write_plot
 from jquant.sweep.quantize import check_fits
 from jquant.sweep.report import write_report
-from jquant.sweep.results import Cell, Sweep
+from jquant.sweep.results import Sweep
 from jquant.sweep.statistics import Statistics, gather, wanted
-from jquant.sweep.store import Store, open_store
+from jquant.sweep.store import open_store
 from jquant.sweep.table import write_csv, write_json
-
-NUMERICS = 4  # raised when a change moves numbers of cells: cells of another value are not mixed with these
-
-Listener = Callable[["Event"], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What a listener hears: a stage began, a part of it was done, or a cell was finished or found."""
-
-    stage: str  # "load", "reference", "statistics", a cell's scheme and method, "outputs"
-    done: int  # cells finished or found
-    total: int  # cells of the grid
-    share: float = 0.0  # of the current stage
-    cell: Cell | None = None  # the one that was just finished or found
-    seconds: float | None = None  # that statistics took, once they are gathered
+from jquant.sweep.work import Event, Listener, Work
 
 
 def run_sweep(config: SweepConfig, listen: Listener = lambda event: None) -> Sweep:
@@ -64,11 +47,14 @@ def run_sweep(config: SweepConfig, listen: Listener = lambda event: None) -> Swe
         The complete sweep, cells in grid order.
 
     Raises:
-        InputError: a part of the config is wrong; this is found before anything is computed.
+        InputError: a part of the config is wrong, which is found before anything is computed; or, on Ray, the cluster
+            cannot be reached, a worker does not fit the driver, or a cell's workers died again and again.
     """
     points = grid(config.schemes, config.groups, config.methods)
     if config.report:
         _check_report_extra()
+    if config.executor == "ray":
+        ray_cluster.check_extra()
     checkpoint = open_checkpoint(config.model)
     tokenizer = checkpoint.tokenizer()
     windows = text_windows(
@@ -76,20 +62,29 @@ def run_sweep(config: SweepConfig, listen: Listener = lambda event: None) -> Swe
     )
     check_length(checkpoint.config, windows.window)
     calibration = _calibration(config, tokenizer, windows) if any(point.needs_data for point in points) else None
-    store = open_store(config.out, _definition(config, checkpoint, windows), _environment())
-    work = _Work(
+    backend = jax.default_backend() if config.executor == "local" else executor_ray.backend(config)
+    batch = (1 if backend == "cpu" else 8) if config.batch is None else config.batch
+    definition = _definition(config, checkpoint, windows, backend=backend, batch=batch)
+    store = open_store(config.out, definition, _environment(config))
+    work = Work(
         config=config,
         store=store,
         checkpoint=checkpoint,
         windows=windows,
         calibration=calibration,
+        backend=backend,
+        batch=batch,
         points=points,
         ids={point: store.cell_id(str(point.scheme), point.method, _given(point, calibration)) for point in points},
         reference_id=store.cell_id(FLOAT, "none"),
         listen=listen,
     )
     if any(store.read(cell_id) is None for cell_id in (work.reference_id, *work.ids.values())):
-        _compute_missing(work)
+        if config.executor == "local":
+            _compute_missing(work)
+        else:
+            executor_ray.compute_missing(work)
+            store = open_store(config.out, definition, store.environment)  # with the workers' device
     reference = store.read(work.reference_id)
     cells = tuple(cell for point in points if (cell := store.read(work.ids[point])) is not None)
     assert reference is not None
@@ -110,30 +105,7 @@ def write_outputs(sweep: Sweep, config: SweepConfig) -> None:
         write_report(sweep, config.out / "report.html")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Work:
-    """What there is to do, and what it takes."""
-
-    config: SweepConfig
-    store: Store
-    checkpoint: Checkpoint
-    windows: Windows
-    calibration: Windows | None  # where a method learns from data
-    points: Sequence[Point]
-    ids: Mapping[Point, str]
-    reference_id: str
-    listen: Listener
-
-    def tell(self, stage: str, done: int, **more: Any) -> None:
-        """Tells the listener."""
-        self.listen(Event(stage=stage, done=done, total=len(self.points), **more))
-
-    def within(self, stage: str, done: int) -> Callable[[int], None]:
-        """Tells the listener how many windows of a stage are done."""
-        return lambda count: self.tell(stage, done, share=count / len(self.windows.tokens))
-
-
-def _compute_missing(work: _Work) -> None:
+def _compute_missing(work: Work) -> None:
     done = 0
     work.tell("load", done)
     subject = _prepare(work)
@@ -160,7 +132,7 @@ def _compute_missing(work: _Work) -> None:
             work.tell(str(point), done, cell=cell)
 
 
-def _prepare(work: _Work) -> Subject:
+def _prepare(work: Work) -> Subject:
     """Loads the model and runs the reference. Its cell is written once; every process needs its states."""
     config, windows = work.config, work.windows
     model = work.checkpoint.model(dtype=jnp.dtype(config.dtype))
@@ -169,9 +141,7 @@ def _prepare(work: _Work) -> Subject:
     work.store.make()
     work.tell("reference", 0)
     started = time.perf_counter()
-    reference, perplexity = prepare_reference(
-        model, windows, batch=_batch(config), progress=work.within("reference", 0)
-    )
+    reference, perplexity = prepare_reference(model, windows, batch=work.batch, progress=work.within("reference", 0))
     subject = Subject(model=model, layers=layers, windows=windows, reference=reference)
     with work.store.claim(work.reference_id, wait=True):
         if work.store.read(work.reference_id) is None:
@@ -180,7 +150,7 @@ def _prepare(work: _Work) -> Subject:
     return subject
 
 
-def _gather(work: _Work, subject: Subject, done: int) -> Statistics:
+def _gather(work: Work, subject: Subject, done: int) -> Statistics:
     """What all cells of the grid that learn from data need."""
     work.tell("statistics", done)
     needs = wanted(work.points)
@@ -190,7 +160,7 @@ def _gather(work: _Work, subject: Subject, done: int) -> Statistics:
         subject.model,
         list(subject.layers),
         work.calibration.tokens,
-        batch=_batch(work.config),
+        batch=work.batch,
         wanted=needs,
         progress=lambda share: work.tell("statistics", done, share=share),
     )
@@ -240,7 +210,9 @@ def _as_manifest(calibration: Windows) -> dict[str, Any]:
     }
 
 
-def _definition(config: SweepConfig, checkpoint: Checkpoint, windows: Windows) -> dict[str, Any]:
+def _definition(
+    config: SweepConfig, checkpoint: Checkpoint, windows: Windows, *, backend: str, batch: int
+) -> dict[str, Any]:
     """Everything that decides the numbers of all cells. Paths are not in it: a moved model is the same model."""
     protocol = Protocol.of(windows).as_json()
     text = {"name": protocol.pop("text_name"), "sha256": protocol.pop("text_sha256")}
@@ -255,25 +227,22 @@ def _definition(config: SweepConfig, checkpoint: Checkpoint, windows: Windows) -
         "protocol": protocol,
         "layers": list(config.layers),
         "dtype": config.dtype,
-        "backend": jax.default_backend(),
-        "batch": _batch(config),  # sums are taken in another order, which moves the last digits
+        "backend": backend,
+        "batch": batch,  # sums are taken in another order, which moves the last digits
         "numerics": NUMERICS,
     }
 
 
-def _batch(config: SweepConfig) -> int:
-    return (1 if on_cpu() else 8) if config.batch is None else config.batch
-
-
-def _environment() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
+def _environment(config: SweepConfig) -> dict[str, Any]:
+    where = {
         "jquant": __version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": f"{len(jax.devices())} × {device.device_kind}",
     }
+    if config.executor == "local":
+        where["device"] = f"{len(jax.devices())} × {jax.devices()[0].device_kind}"
+    return where  # of Ray's workers as the first of them says; the driver does not start devices that they may share
 
 
 def _check_report_extra() -> None:

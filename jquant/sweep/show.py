@@ -11,8 +11,8 @@ from rich.text import Text
 
 from jquant.sweep.config import SweepConfig
 from jquant.sweep.results import Sweep
-from jquant.sweep.run import Event
 from jquant.sweep.table import sweep_table
+from jquant.sweep.work import Event
 
 _BEFORE_CELLS = ("load", "reference", "statistics")
 
@@ -45,6 +45,8 @@ class Progress:
             self._task = self._bar.add_task("", total=event.total)
         done = event.done + (event.share if event.cell is None and event.stage not in _BEFORE_CELLS else 0)
         self._bar.update(self._task, completed=done, description=event.stage)
+        if event.note is not None:
+            self._bar.console.print(event.note, highlight=False, markup=False)
         if event.seconds is not None:
             self._bar.console.print(f"statistics of the float model: {event.seconds:.1f} s", highlight=False)
         if event.cell is not None:

@@ -80,21 +80,43 @@ class Store:
         return cell
 
     def write(self, cell: Cell) -> None:
-        """Puts a finished cell under its name, whole."""
+        """Puts a finished cell under its name, whole.
+
+        Raises:
+            InputError: the folder is gone, which is not made anew, or cannot be written.
+        """
+        if not (self.path / CELLS).is_dir():
+            raise self._lost()
         text = json.dumps(cell.as_json(), indent=1, ensure_ascii=False) + "\n"
         with replacing(self._path(cell.id)) as file:
             file.write(text.encode())
 
     @contextlib.contextmanager
     def claim(self, cell_id: str, *, wait: bool) -> Iterator[bool]:
-        """Whether this process may compute the cell now; with `wait`, after the one that computes it has ended."""
-        with (self.path / CELLS / f"{cell_id}.lock").open("a") as lock:
+        """Whether this process may compute the cell now; with `wait`, after the one that computes it has ended.
+
+        Raises:
+            InputError: the folder is gone, or cannot be written.
+        """
+        try:
+            file = (self.path / CELLS / f"{cell_id}.lock").open("a")
+        except FileNotFoundError as error:
+            raise self._lost() from error
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        with file as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
                 return
             yield True
+
+    def _lost(self) -> InputError:
+        return InputError(
+            f"{self.path}: the sweep's folder is gone since it began: was a shared disk unmounted? Finished cells are "
+            "in it; start the sweep again when it is back"
+        )
 
     def _path(self, cell_id: str) -> Path:
         return self.path / CELLS / f"{cell_id}.json"

@@ -34,8 +34,9 @@ from jquant.sweep.config import SweepConfig
 from jquant.sweep.grid import Point, grid
 from jquant.sweep.quantize import quantize_in_place
 from jquant.sweep.results import Cell, Sweep
-from jquant.sweep.run import Event, run_sweep
+from jquant.sweep.run import run_sweep
 from jquant.sweep.statistics import Wanted, gather, wanted
+from jquant.sweep.work import Event
 from tests.ptq.places import model_with_outliers
 from tests.tiny_checkpoint import tiny_model, write
 
