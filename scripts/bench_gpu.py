@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -94,9 +95,9 @@ def seconds(f: Callable[..., Any], *operands: Any, times: int = 30, runs: int = 
     found = []
     for _ in range(runs):
         start = time.perf_counter()
-        for _ in range(times):
-            last = compiled(*operands)
-        jax.block_until_ready(last)
+        for _ in range(times - 1):
+            compiled(*operands)
+        jax.block_until_ready(compiled(*operands))
         found.append((time.perf_counter() - start) / times)
     return statistics.median(found)
 
@@ -145,8 +146,9 @@ def gptq_solves(device: Device) -> None:
     for (inputs, outputs), (bar, error_bar) in _SOLVES.items():
         weight, known = problem(device, inputs, outputs)
         for name, config in _CONFIGS.items():
-            took = once(lambda config=config: gptq.solve(weight, known, scheme, config=config).qtensor)
-            wrong = jquant.dequantize(gptq.solve(weight, known, scheme, config=config).qtensor) - weight
+            solve = partial(gptq.solve, weight, known, scheme, config=config)
+            took = once(lambda solve=solve: solve().qtensor)
+            wrong = jquant.dequantize(solve().qtensor) - weight
             error = float(jnp.sum((wrong @ known.matrix) * wrong) / jnp.sum((weight @ known.matrix) * weight))
             what = f"GPTQ int4 g128, {inputs} in, {outputs} out, {name}"
             row(what, took, None, bar, f"error {error:.5f} (llm-compressor's {error_bar})")
@@ -224,7 +226,8 @@ def packed(device: Device) -> None:
                 x = (0.01 * apply(x, operand)).astype(BF16)
             return x
 
-        return once(lambda: loop(x)) / 60 if (loop := jax.jit(lambda x: jax.lax.fori_loop(0, 20, turn, x))) else 0.0
+        loop = jax.jit(lambda x: jax.lax.fori_loop(0, 20, turn, x))
+        return once(lambda: loop(x)) / 20 / len(operands)
 
     def ours(x: jax.Array, q: QTensor) -> jax.Array:
         found = dispatch.multiply_packed(x, q)
@@ -239,13 +242,9 @@ def packed(device: Device) -> None:
             took = chained(batch, ours, packed)
             reading, multiplying = packed[0].nbytes / device.bandwidth, 2 * batch * side**2 / device.rates["bf16"]
             int4 = took if (spec, batch) == ("int4:g128", 1) else int4
-            bar = (
-                plain[batch] / bars[batch]
-                if spec == "int4:g128"
-                else 1.2 * int4
-                if packed[0].bits_per_weight < 5
-                else None
-            )
+            bar = plain[batch] / bars[batch] if spec == "int4:g128" else None
+            if bar is None and packed[0].bits_per_weight < 5:
+                bar = 1.2 * int4
             note = f"{plain[batch] / took:.2f} × as fast as bf16"
             row(f"{spec} product, {side}², batch {batch}", took, max(reading, multiplying), bar, note)
 
@@ -255,11 +254,9 @@ def w8a8(device: Device) -> None:
     side = device.side(8192)
     weight = jax.random.normal(jax.random.key(0), (side, side), BF16)
     x = jax.random.normal(jax.random.key(1), (side, side), BF16)
-    for kind, weights, inputs in (
-        ("int8", "int8:channel", "int8:token"),
-        ("fp8", "fp8_e4m3:channel", "fp8_e4m3:token"),
-    ):
-        layer = W8A8Linear(jquant.quantize(weight, jquant.scheme(weights)), activation=jquant.scheme(inputs))
+    for kind, element in (("int8", "int8"), ("fp8", "fp8_e4m3")):
+        weights = jquant.quantize(weight, jquant.scheme(f"{element}:channel"))
+        layer = W8A8Linear(weights, activation=jquant.scheme(f"{element}:token"))
         graphdef, state = nnx.split(layer)
         took = seconds(lambda s, x, g=graphdef: nnx.merge(g, s)(x), state, x, times=10)
         alone = 2 * side**3 / device.rates[kind]
@@ -275,7 +272,8 @@ def inference(device: Device) -> None:
             jquant.quantize_layers(model, jquant.scheme(spec))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
         tokens = generate(model, prompt, max_tokens=8 if device.small else 64)
-        next(tokens), next(tokens)
+        for _ in range(2):
+            next(tokens)
         start = time.perf_counter()
         count = len(list(tokens))
         took = (time.perf_counter() - start) / count

@@ -1,20 +1,32 @@
-"""Set up before anything imports jquant or asks for a device: annotations are held to, and there are 8 devices."""
+"""Set up before anything imports jquant or asks for a device: annotations are held to, and there are 8 devices.
+
+Compiling is most of what tests do: programs are kept in a folder, for both workers, for the processes that tests start,
+and for the next run. XLA finds them by the whole program, its options and its own version.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jaxtyping
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import tests.runtime_types  # noqa: F401  the hook finds it by name
 
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 MAPS = 30_000  # at which compiled programs are dropped
 jax.config.update("jax_num_cpu_devices", 8)
+for name, value in {
+    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 # Rooms whose functions are about arrays: the hook slows every call of what it hooks, loops over labels included.
 ROOMS = ["core", "kernels", "calib", "nn", "models", "ptq", "qat", "evaluation"]
 jaxtyping.install_import_hook([f"jquant.{room}" for room in ROOMS], "tests.runtime_types.shapes_checked")
@@ -36,17 +48,3 @@ def annotations_unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For modules whose tests compile the same steps again and again: they are kept."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.2), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

@@ -10,12 +10,12 @@ import pytest
 
 from jquant.cli import main
 from jquant.core.errors import InputError
-from jquant.core.qtensor import quantize
 from jquant.core.scheme import scheme
 from jquant.evaluation.diagnose_config import DiagnoseConfig
 from jquant.models.save import save
 from jquant.nn.surgery import module_at
 from jquant.ptq.rtn import quantize_layers
+from tests.jitted import quantize
 from tests.tiny_checkpoint import byte_tokenizer, tiny_model, write
 
 SMALL = ["--window", "48", "--windows", "2"]

@@ -34,7 +34,6 @@ from jquant.qat.trainer import TrainResult, train
 from jquant.qat_run import check_out, train_checkpoint
 from tests.tiny_checkpoint import write
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 CONFIG = QATConfig(steps=3, batch=2, learning_rate=1e-3, warmup_steps=1)
 RECIPES = {
     "int4, a range": one_rule("int4:g32:fp16"),
@@ -51,7 +50,12 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("model") / "tiny")
+    return write(tmp_path_factory.mktemp("model") / "tiny", layers=1)
+
+
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model") / "deeper")
 
 
 def _windows(source: Path, text: str, limit: int) -> Windows:
@@ -79,13 +83,13 @@ def test_what_is_loaded_is_what_was_trained(name: str, source: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "q"]
 
 
-def test_it_is_prepare_train_and_convert(source: Path, tmp_path: Path) -> None:
+def test_it_is_prepare_train_and_convert(deeper: Path, tmp_path: Path) -> None:
     recipe = RECIPES["int3, trained"]
-    _run(source, tmp_path / "q", recipe)
-    model = open_checkpoint(source).model()
+    _run(deeper, tmp_path / "q", recipe)
+    model = open_checkpoint(deeper).model()
     teacher = nnx.clone(model)
     prepare(model, recipe, announce=lambda said: None)
-    batches = RowBatches(_windows(source, "pydoc:calibration", 16).tokens, batch=2, seed=0)
+    batches = RowBatches(_windows(deeper, "pydoc:calibration", 16).tokens, batch=2, seed=0)
     train(model, distillation_loss(), batches, CONFIG, teacher=teacher)
     ours, theirs = tensors_of(convert(model)), tensors_of(open_checkpoint(tmp_path / "q").model())
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)  # schemes too

@@ -64,12 +64,10 @@ class LlamaCpp:
         count = self._library.llama_tokenize(self._vocabulary, raw, len(raw), ids, len(ids), False, True)
         return list(ids[:count])
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The tokens that follow."""
-        tokens = list(prompt)
-        for _ in range(count):
-            tokens.append(int(self.logits(np.asarray(tokens))[-1].argmax()))
-        return tokens[len(prompt) :]
+    def continues(self, prompt: list[int], tokens: list[int]) -> bool:
+        """Whether each token is the likeliest after the prompt and those before it: greedy text, in one pass."""
+        logits = self.logits(np.asarray([*prompt, *tokens]))
+        return logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
 
 
 def perplexity(model: LlamaCpp, windows: np.ndarray) -> float:

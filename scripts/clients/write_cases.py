@@ -1,6 +1,6 @@
 """Writes small random models in every format that `check.py` loads with its own client, with our logits beside them.
 
-python scripts/clients/write_cases.py DIR
+python scripts/clients/write_cases.py DIR [FORMAT …]
 """
 
 from __future__ import annotations
@@ -54,8 +54,20 @@ CASES: tuple[tuple[str, str, str | None], ...] = (
     ("gptq_v2", "int4:g32:asym:fp16", None),
     ("awq", "int4:g32:asym:fp16", None),
 )
-
-
+# A second family has other tensors, whose names every format must find; all schemes are the first family's part.
+OF_ANOTHER_FAMILY: tuple[tuple[str, str, str | None], ...] = (
+    ("compressed-tensors", "int4:g32", None),
+    ("compressed-tensors", "int4:g32:asym", None),
+    ("compressed-tensors", "fp8_e4m3:channel", "fp8_e4m3:token"),
+    ("compressed-tensors", "int8:channel", "int8:tensor:asym"),
+    ("hf", "int4:g32", None),
+    ("bitsandbytes", "nf4:g32:dq", None),
+    ("gguf", "q4_0", None),
+    ("gguf", "q8_0", None),
+    ("gptq", "int4:g32:fp16", None),
+    ("gptq_v2", "int4:g32:asym:fp16", None),
+    ("awq", "int4:g32:asym:fp16", None),
+)
 WIDE = tuple(("gguf", spec, None) for spec in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
 
 
@@ -74,9 +86,11 @@ def qwen3() -> Decoder:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    for make, cases in ((tiny_model, CASES), (qwen3, CASES), (wide, WIDE)):
+    folder, wanted = Path(sys.argv[1]), sys.argv[2:]
+    for make, cases in ((tiny_model, CASES), (qwen3, OF_ANOTHER_FAMILY), (wide, WIDE)):
         for format, spec, activation in cases:
+            if wanted and format not in wanted:
+                continue
             model = make()
             if activation is not None:
                 qat.prepare(model, qat.one_rule(spec, activation=activation), announce=lambda _: None)

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jquant.calib import absmax, absmean, gram, histogram, mse_range, percentile
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
+from tests.jitted import dequantize, quantize
 
 CHANNELS = 12
 RNG = np.random.default_rng(0)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from jquant.core.formats import ELEMENTS, NF4, Int
-from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.qtensor import QTensor
 from jquant.core.scales import DYNAMIC_MAP
 from jquant.core.scheme import scheme
+from tests.jitted import dequantize, quantize
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "core"
 SHARED = np.load(FOLDER / "inputs.npz")

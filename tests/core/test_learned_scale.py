@@ -11,9 +11,9 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.learned_scale import fake_quantize_learned, lsq_gradient_scale, lsq_initial_scale
 from jquant.core.pact import pact, pact_parameters
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from tests.cases import SCHEMES
+from tests.jitted import dequantize, quantize
 
 LEARNABLE = [spec for spec in SCHEMES if scheme(spec).block is None]
 INTEGERS = ["int2:g32", "int3:g50", "int4:channel:restricted", "int4:b8x32", "int4:g32:asym", "int8:tensor:asym"]

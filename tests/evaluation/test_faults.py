@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import quantize
 from jquant.core.scheme import scheme
 from jquant.data.blocks import windows
 from jquant.evaluation import faults
@@ -29,6 +28,7 @@ from jquant.evaluation.sensitivity import LayerSensitivity, float_pass
 from jquant.models.decoder import Decoder
 from jquant.nn.surgery import module_at
 from jquant.ptq.rtn import quantize_layers
+from tests.jitted import quantize
 from tests.tiny_checkpoint import tiny_model
 
 CUT = windows(np.random.default_rng(0).integers(0, 257, 200).astype(np.int32), window=48)

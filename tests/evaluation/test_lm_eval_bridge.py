@@ -1,7 +1,8 @@
 """What a harness asks, by definition: sums of log-softmax over one whole sequence, and greedy text.
 
-lm-eval is no part of the lock, so the answerer is driven by requests of its shape; where it is installed the last test
-runs a task of two rows through it. experiments/lm_eval_agreement.py holds the comparison with its own backend.
+lm-eval is no part of the lock, so the answerer is driven by requests of its shape; the last test runs a task of two
+rows through it, in an environment that has it (scripts/test slow). experiments/lm_eval_agreement.py holds the
+comparison with its own backend.
 """
 
 from __future__ import annotations
@@ -219,6 +220,7 @@ def test_without_lm_eval_the_command_names_the_extra(
 
 
 @pytest.mark.slow
+@pytest.mark.lm_eval
 @pytest.mark.filterwarnings("default")
 def test_a_task_through_lm_eval(tmp_path: Path) -> None:
     """A task of local rows; which choice is the likeliest is computed here too."""

@@ -17,6 +17,7 @@ from jquant.evaluation.perplexity import perplexity
 from jquant.evaluation.result import mean_and_stderr
 from jquant.models.checkpoint import load_model
 from jquant.models.decoder import Decoder
+from jquant.nn.protocol import apply
 from jquant.ptq.rtn import quantize_layers
 from tests.tiny_checkpoint import tiny_model
 
@@ -24,7 +25,7 @@ IDS = np.random.default_rng(0).integers(0, 257, 400).astype(np.int32)
 
 
 def _log_p(model: Decoder, tokens: np.ndarray) -> np.ndarray:
-    logits = np.asarray(model(jnp.asarray(tokens)), np.float64)
+    logits = np.asarray(apply(model, jnp.asarray(tokens)), np.float64)
     return (
         logits
         - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))

@@ -20,13 +20,15 @@ import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor, quantize
+from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.io import native, new_folder
 from jquant.io.native import ARRAYS, DESCRIPTION, open_native, write_native
 from jquant.models.checkpoint import load_model, open_checkpoint
 from jquant.models.save import save
+from jquant.nn.protocol import apply
 from jquant.ptq.rtn import quantize_layers
+from tests.jitted import quantize
 from tests.tiny_checkpoint import tiny_model
 
 SCHEMES = (
@@ -147,7 +149,7 @@ def test_a_saved_model_gives_equal_logits(tmp_path, spec):
         quantize_layers(model, scheme(spec))
     save(model, tmp_path / "m")
     loaded = load_model(tmp_path / "m")
-    np.testing.assert_array_equal(np.asarray(loaded(tokens)), np.asarray(model(tokens)))
+    np.testing.assert_array_equal(np.asarray(apply(loaded, tokens)), np.asarray(apply(model, tokens)))
     for leaf in jax.tree.leaves(loaded.blocks[0].mlp.up_proj.weight.get_value()):
         assert isinstance(leaf, jax.Array), "a numpy array would be copied to the device at every call"
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jquant import qat
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor, quantize
+from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.io.hf_directory import open_hf_directory
 from jquant.models.checkpoint import open_checkpoint
@@ -23,6 +23,7 @@ from jquant.models.export import export
 from jquant.models.save import save
 from jquant.nn.install import tensors_of
 from jquant.ptq.rtn import quantize_layers
+from tests.jitted import quantize
 from tests.tiny_checkpoint import CONFIG, byte_tokenizer, tiny_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -64,7 +65,12 @@ def _quantized(spec: str) -> Decoder:
 
 
 def _logits(model: Decoder) -> jax.Array:
-    return nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
+    return _forward(model, TOKENS)
+
+
+@nnx.jit  # which keeps the ranges that a model has seen
+def _forward(model: Decoder, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
 
 
 def _assert_same(mine: QTensor, other: QTensor) -> None:

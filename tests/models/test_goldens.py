@@ -73,7 +73,7 @@ def test_packed_and_saved_it_computes_the_same(family: str, tmp_path: Path) -> N
     assert len(replaced) == len(model.blocks) * (6 if family in ("family_opt", "family_gpt2") else 7)
     save(model, tmp_path / "saved")
     tokens = jnp.asarray(np.load(GOLDENS / family / "golden.npz")["tokens"][:, :40])
-    np.testing.assert_array_equal(load_model(tmp_path / "saved")(tokens), model(tokens))
+    np.testing.assert_array_equal(apply(load_model(tmp_path / "saved"), tokens), apply(model, tokens))
 
 
 def test_experts_are_quantized_one_by_one() -> None:

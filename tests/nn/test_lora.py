@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.nn.linear import QuantizedLinear
 from jquant.nn.lora import LoRALinear, LoRAParam
 from jquant.nn.protocol import apply
+from tests.jitted import dequantize, quantize
 
 OUT, IN, RANK = 48, 64, 4
 SCHEMES = ("int4:g32", "int2:g32:asym", "nf4:g64:dq", "nvfp4", "q8_0")

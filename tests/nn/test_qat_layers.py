@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant import qat
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.nn.fake_quant import FakeQuantParam, InputQuantizer, ObserverState, WeightQuantizer
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.qat_layers import QATLayer, QATLinear
 from jquant.qat.state import split
+from tests.jitted import dequantize, quantize
 
 IN, OUT = 48, 40
 KINDS: dict[str, tuple[Callable[[nnx.Rngs], nnx.Module], tuple[int, ...]]] = {
@@ -67,6 +67,11 @@ def _quiet(_: str) -> None:
     pass
 
 
+@nnx.jit
+def _forward(model: nnx.Module, x: jax.Array) -> jax.Array:
+    return model(x)  # type: ignore[operator]
+
+
 def _prepared(
     kind: str, weight: tuple[str, str], inputs: tuple[str | None, str] = INPUTS["none"]
 ) -> tuple[Holder, jax.Array]:
@@ -81,14 +86,14 @@ def _prepared(
     if report.uncalibrated:
         qat.calibrate(model, [x, 2 * x])
     optimizer = nnx.Optimizer(model, optax.sgd(0.02), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model: Holder, optimizer: nnx.Optimizer, x: jax.Array) -> None:
-        optimizer.update(model, nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model))
-
     for _ in range(2):
-        step(model, optimizer, x)
+        _step(model, optimizer, x)
     return model, x
+
+
+@nnx.jit
+def _step(model: Holder, optimizer: nnx.Optimizer, x: jax.Array) -> None:
+    optimizer.update(model, nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model))
 
 
 @pytest.mark.parametrize(
@@ -97,9 +102,9 @@ def _prepared(
 )
 def test_packed_weights_give_the_outputs_of_training(kind: str, weight: str) -> None:
     model, x = _prepared(kind, WEIGHTS[weight])
-    trained = nnx.jit(lambda model, x: model(x))(model, x)
+    trained = _forward(model, x)
     packed = qat.convert(model)
-    assert np.array_equal(nnx.jit(lambda model, x: model(x))(packed, x), trained)
+    assert np.array_equal(_forward(packed, x), trained)
     assert not nnx.to_flat_state(nnx.state(packed, FakeQuantParam))
 
 
@@ -115,10 +120,10 @@ def test_packed_weights_give_the_outputs_of_training(kind: str, weight: str) -> 
 def test_so_they_do_with_quantized_inputs(kind: str, inputs: str) -> None:
     model, x = _prepared(kind, WEIGHTS["int8"], INPUTS[inputs])
     qat.set_observing(model, False)
-    trained = nnx.jit(lambda model, x: model(x))(model, x)
+    trained = _forward(model, x)
     plain = Holder(KINDS[kind][0](nnx.Rngs(0)))
     assert not np.array_equal(trained, plain(x))
-    assert np.array_equal(nnx.jit(lambda model, x: model(x))(qat.convert(model), x), trained)
+    assert np.array_equal(_forward(qat.convert(model), x), trained)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -149,8 +154,8 @@ def test_experts(inputs: str | None) -> None:
     assert np.any(of_weight[0] != 0)
     assert np.any(of_weight[2] != 0)
     assert not np.any(of_weight[1])
-    trained = nnx.jit(lambda model, x: model(x))(model, x)
-    assert np.array_equal(nnx.jit(lambda model, x: model(x))(qat.convert(model), x), trained)
+    trained = _forward(model, x)
+    assert np.array_equal(_forward(qat.convert(model), x), trained)
 
 
 def test_tokens_and_logits_of_an_embedding() -> None:
@@ -165,11 +170,11 @@ def test_tokens_and_logits_of_an_embedding() -> None:
     qat.prepare(model, qat.one_rule("int4:g32", layers=("table",), gradient="lsq"), announce=_quiet)
     quantizer = model.table.weight_quantizer  # type: ignore[attr-defined]
     table = dequantize(jax.jit(quantizer.quantize)(model.table.layer.embedding.get_value()))  # type: ignore[attr-defined]
-    trained = nnx.jit(lambda model, x: model(x))(model, tokens)
+    trained = _forward(model, tokens)
     np.testing.assert_allclose(trained, table[tokens] @ table.T, rtol=1e-5, atol=1e-6)
     gradients = nnx.grad(lambda model: jnp.sum(model(tokens) ** 2))(model)
     assert np.any(gradients["table"]["weight_quantizer"]["log_scale"].get_value() != 0)
-    assert np.array_equal(nnx.jit(lambda model, x: model(x))(qat.convert(model), tokens), trained)
+    assert np.array_equal(_forward(qat.convert(model), tokens), trained)
 
 
 def test_scales_move_and_take_their_own_optimizer() -> None:
@@ -326,7 +331,7 @@ def test_bfloat16_computes_on_weights_quantized_from_float32(kind: str) -> None:
         model.layer.layer.dtype = jnp.bfloat16  # type: ignore[attr-defined]
     parts = split(model, dtype=jnp.bfloat16)
     narrow = parts.structure.merge(parts.structure.computing(parts.trained, jnp.bfloat16), parts.fixed, parts.rest)
-    found = nnx.jit(lambda model, x: model(x))(narrow, x.astype(jnp.bfloat16))
+    found = _forward(narrow, x.astype(jnp.bfloat16))
     assert found.dtype == jnp.bfloat16
     plain: Any = qat.unwrap(nnx.clone(model)).layer
     weight = plain.weight.get_value() if kind == "ours" else plain.kernel.get_value().T

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.nn.linear import Linear, QuantizedLinear
 from jquant.nn.surgery import module_at, named_modules, replace, select
 from jquant.ptq.rtn import quantize_layers
+from tests.jitted import dequantize, quantize
 from tests.tiny_checkpoint import tiny_model
 
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.protocol import apply
@@ -25,6 +25,7 @@ from jquant.nn.w8a8 import (
     static_parameters,
     w8a8_layer,
 )
+from tests.jitted import dequantize, quantize
 from tests.tiny_checkpoint import tiny_model
 
 RNG = np.random.default_rng(0)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.ptq import hqq
 from jquant.ptq.hqq import HQQConfig
+from tests.jitted import dequantize, quantize
 
 W = np.random.default_rng(0).standard_t(4, (32, 256)).astype(np.float32)
 W[3, :64], W[4, 64:128] = 0, 0.7

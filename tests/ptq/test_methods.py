@@ -9,9 +9,9 @@ import pytest
 
 from jquant.calib import gram
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.ptq.methods import SOLVERS
+from tests.jitted import dequantize, quantize
 
 ROWS, COLUMNS = 24, 96
 RNG = np.random.default_rng(0)

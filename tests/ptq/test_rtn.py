@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize, quantize, to_tiles
+from jquant.core.qtensor import to_tiles
 from jquant.core.range_search import RangeSearch, search_parameters
 from jquant.core.scheme import scheme
 from jquant.ptq import rtn
 from jquant.ptq.rtn import RTNConfig
 from tests.cases import BLOCK_SCHEMES
+from tests.jitted import dequantize, quantize
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_t(5, (20, 160)).astype(np.float32)

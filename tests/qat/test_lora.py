@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
@@ -27,6 +26,7 @@ from jquant.qat.loftq import loftq
 from jquant.qat.lora import ALL_BUT_ADAPTERS, add_adapters, loftq_start, merge, requantize
 from jquant.qat.losses import next_token_loss
 from jquant.qat.trainer import train
+from tests.jitted import dequantize, quantize
 from tests.tiny_checkpoint import CONFIG, tiny_model
 
 KEY = jax.random.key(3)

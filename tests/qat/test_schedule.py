@@ -16,7 +16,6 @@ from jquant.qat.schedule import FINAL, Stage, stage_at
 from jquant.qat.trainer import TrainResult, train
 from tests.qat.small import Net, arrays, batches, squared_error
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 CONFIG = QATConfig(
     steps=8,
     batch=8,

@@ -28,7 +28,12 @@ def _quiet(_: str) -> None:
 
 
 def _logits(model: Decoder) -> jax.Array:
-    return nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
+    return _forward(model, TOKENS)
+
+
+@nnx.jit
+def _forward(model: nnx.Module, x: jax.Array) -> jax.Array:
+    return model(x)  # type: ignore[operator]
 
 
 @pytest.fixture
@@ -62,7 +67,8 @@ def test_training_parameters_are_the_float_model_s(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-g128", "int3-g64-lsq", "w8a8", "fp8", "nf4", "nvfp4"])
-def test_presets_train_and_convert_to_the_same_logits(name: str, model: Decoder) -> None:
+def test_presets_train_and_convert_to_the_same_logits(name: str) -> None:
+    model = tiny_model(layers=1)
     plain = _logits(model)
     recipe = qat.Recipe.from_json(
         {"rules": [{**rule, "scheme": _fits(rule["scheme"])} for rule in qat.PRESETS[name].as_json()["rules"]]}, name
@@ -116,10 +122,10 @@ def test_a_shared_layer_stays_one() -> None:
     qat.prepare(model, qat.one_rule("int4:g32", layers=("first",)), announce=_quiet)
     assert model.first is model.second
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 32)), jnp.float32)
-    trained = nnx.jit(lambda model, x: model(x))(model, x)
+    trained = _forward(model, x)
     packed = qat.convert(model)
     assert packed.first is packed.second
-    assert np.array_equal(nnx.jit(lambda model, x: model(x))(packed, x), trained)
+    assert np.array_equal(_forward(packed, x), trained)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +212,8 @@ def test_frozen_ranges_stay(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["lsq", "clipped_ste"])
-def test_gradual_bits(gradient: Any, model: Decoder) -> None:
+def test_gradual_bits(gradient: Any) -> None:
+    model = tiny_model(layers=1)
     plain = _logits(model)
     qat.prepare(model, qat.one_rule("int3:g32", gradient=gradient), announce=_quiet)
     distances = []

@@ -28,7 +28,6 @@ from jquant.qat.trainer import TrainResult, train
 from tests.qat.small import Net, arrays, batches, rows, squared_error
 from tests.tiny_checkpoint import tiny_model
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 CONFIG = QATConfig(steps=8, batch=8, learning_rate=1e-2, warmup_steps=2, checkpoint_every=2, weight_decay=0.01)
 
 

@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import dequantize
 from jquant.core.scheme import scheme
 from jquant.models.decoder import Decoder
 from jquant.nn.capture import capture, input_groups
@@ -37,6 +36,7 @@ from jquant.sweep.results import Cell, Sweep
 from jquant.sweep.run import run_sweep
 from jquant.sweep.statistics import Wanted, gather, wanted
 from jquant.sweep.work import Event
+from tests.jitted import dequantize
 from tests.ptq.places import model_with_outliers
 from tests.tiny_checkpoint import tiny_model, write
 
