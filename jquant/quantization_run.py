@@ -30,7 +30,7 @@ from jquant.ptq.preflight import Estimate, estimate
 from jquant.ptq.recipe import Recipe, assign
 from jquant.ptq.workdir import open_workdir
 
-NUMERICS = 5  # raised when a change moves bits: an unfinished run of another value is not gone on with
+NUMERICS = 6  # raised when a change moves bits: an unfinished run of another value is not gone on with
 
 
 def quantize_checkpoint(

@@ -278,9 +278,7 @@ def _option(candidate: Candidate, numerics: Numerics, load: Load, asked: Constra
 def _times(numerics: Numerics, load: Load, asked: Constraints) -> tuple[Time | None, Time]:
     first = prefill(asked.shape, numerics, load, asked.device, devices=asked.devices)
     step = decode(asked.shape, numerics, load, asked.device, devices=asked.devices)
-    # Attention and head multiply in floats, whatever the block matrices do.
-    used = {multiplied_in(numerics, asked.device), asked.device.float_format}
-    return (None if any(asked.device.rate(name) is None for name in used) else first), step
+    return (None if asked.device.rate(asked.device.float_format) is None else first), step
 
 
 def _best_load(numerics: Numerics, asked: Constraints) -> Load:
@@ -343,7 +341,8 @@ def _notes(candidate: Candidate, numerics: Numerics, device: Device) -> tuple[st
     if candidate.weights is not None and candidate.inputs is None:
         notes.append(f"weights are decoded to {product} on the way: memory and bandwidth gain, multiplication does not")
     elif candidate.inputs is not None:
-        notes.append(f"codes are multiplied as {product}, natively")
+        assumed = "" if device.rate(product) else f"; how fast has no source: as {device.float_format} is assumed"
+        notes.append(f"codes are multiplied as {product}, natively{assumed}")
     if candidate.needs_data:
         notes.append("learns from calibration text")
     return tuple(notes)

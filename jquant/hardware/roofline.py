@@ -206,7 +206,7 @@ def _time(
     bandwidth = devices * device.bandwidth_gb_s.value * 1e9
     float_bytes = numerics.float_bits / 8
     floats = device.rate("fp32" if numerics.float_bits == 32 else device.float_format)
-    rate = device.rate(multiplied_in(numerics, device))
+    rate = device.rate(multiplied_in(numerics, device)) or floats  # no narrower format that is native is slower
     head = shape.vocab_size * shape.hidden_size
     small = shape.other_parameters * float_bytes
     read *= devices / min(devices, shape.num_kv_heads)  # devices that share a head of keys and values read all of it

@@ -111,6 +111,22 @@ def test_prefill_is_counted_for_all_or_for_none_of_those_that_are_ranked() -> No
     assert all(option.prefill is None for option in found.options)
 
 
+def test_a_format_of_unknown_rate_is_as_fast_as_floats_at_least_and_is_ranked_with_prefill() -> None:
+    device = find_device("h100-sxm")
+    found = recommend(asked("h100-sxm", shape=LLAMA8), PRIOR)
+    blind = dataclasses.replace(device, rates={**device.rates, "int8": None})
+    unknown = recommend(Constraints(shape=LLAMA8, device=blind), PRIOR)
+
+    def of_int8(result: Recommendation) -> Option:
+        return next(option for option in result.options if option.multiplied_in == "int8")
+
+    before, after = of_int8(found).prefill, of_int8(unknown).prefill
+    assert before is not None
+    assert after is not None
+    assert after.total > before.total
+    assert "has no source: as bf16 is assumed" in of_int8(unknown).notes[0]
+
+
 def test_fnuz_is_named_on_the_mi300() -> None:
     found = recommend(asked("mi300x"), PRIOR)
     assert "is the fnuz kind" in reasons(found)["fp8_e4m3:channel", "rtn@fp8_e4m3:token"]
