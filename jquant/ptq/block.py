@@ -302,7 +302,8 @@ def _difference(weight: jax.Array, value: QTensor) -> jax.Array:
     return dequantize(value, jnp.float32) - weight.astype(jnp.float32)
 
 
-@jax.jit
+# Among its own kernels for a product of float32 XLA looks for many seconds a shape, and cuBLAS's serve as well.
+@partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
 def _squares(error: jax.Array, statistics: Gram | None) -> jax.Array:
     if statistics is None:
         return jnp.sum(error * error)

@@ -118,9 +118,15 @@ def test_statistics_are_summed_and_rows_solved_apart() -> None:
     statistics = ptq_block._finalize(ptq_block._update(gram.init(64), x, None))
     config, spec = gptq.GPTQConfig(), scheme("int4:g32:asym")
     factor = gptq.factorize(statistics, config=config)
-    solve = gptq._solve.lower(weight, factor, spec, config)
-    found = gptq._solve(weight, factor, spec, config).qtensor
-    programs = [solve, ptq_block._errors.lower(weight, found, spec, statistics), ptq_block._decoded.lower(found)]
+    solve = gptq._solve.lower(weight, factor, spec, config, "jnp")
+    found = gptq._solve(weight, factor, spec, config, "jnp").qtensor
+    programs = [
+        solve,
+        ptq_block._rounded.lower(weight, spec),
+        ptq_block._difference.lower(weight, found),
+        ptq_block._squares.lower(weight, statistics),
+        ptq_block._decoded.lower(found),
+    ]
     for program in programs:
         assert not list(_moved(program.compile().as_text()))
     assert {shard.data.shape for shard in found.planes[0].addressable_shards} == {(512, 32)}
