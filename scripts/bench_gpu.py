@@ -19,13 +19,13 @@ H100 (jax 0.11.2, 2026-11-26; copy 2,744 GB/s, bf16 766, int8 1,489, fp8 1,475 T
     GPTQ 14336 in, 4096 out / default           57 / 86           190   Cholesky 32
     six schemes, 4096 in, 14336 out             6.02 × one        2.5   a factor is 5 % of a solution: nothing to share
     fake-quant int4 g128, 8192²                 0.096    0.098    0.108 memory
-    int4 product 8192², batch 1 / 16            .027 / .034  .013  .017 / .028   1.78 and 1.63 × bf16 (kernel alone 2.3, 1.8)
+    int4 product 8192², batch 1 / 16            .027 / .034  .013  .017 / .028   1.78, 1.63 × bf16 (the kernel 2.3, 1.8)
     … batch 128 / 2048                          .086 / .516  .022 / .359  .061 / .430   decoding, and no overlap with it
     nf4, mxfp4, nvfp4 product, batch 1          .036, .036, .038  .013  .032
     W8A8 int8 / fp8, 8192³                      1.29 / 1.33  .74  .87   codes and int32 sums through memory: not fused
     a token of 8 blocks of 8B's shape           bf16 2.56, int4 2.73, int8 2.53   starting kernels
-    GPTQ of a model of 8B's shape               93 s              60 s  66 s of it the first block, which compiles: 34 s
-                                                                        for reported errors, mended since; then 0.81 each
+    GPTQ of a model of 8B's shape               93 s              60 s  66 s of it the first block, which compiles (34 s
+                                                                        for reported errors, mended since); 0.81 each
 """
 
 from __future__ import annotations
