@@ -24,7 +24,8 @@ from jquant.sweep.run import run_sweep
 from jquant.sweep.work import Event
 from tests.tiny_checkpoint import write
 
-pytestmark = pytest.mark.ray
+# Ray forks and starts another program at once, which is safe; JAX warns of any fork once its devices are open.
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")]
 
 SCHEMES = ("int8:channel", "int4:g32", "nf4:g32")
 METHODS = ("rtn", "gptq")
