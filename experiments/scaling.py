@@ -10,7 +10,7 @@ Model:     Llamas with random weights over bytes, 4 blocks of width 512 unless t
 Theory:    operations and bytes of experiments/scaling_theory.py, at the same points: its exponents are not whole where
            parts of other growth are added. Memory is compared as MB measured for each MB of theory, ideally 1
 Expected:  exponents of layers and tokens as in theory. Those of width lie below it while matrices are small, where what
-           grows with blocks and not with width counts too: from 512 to 768 evaluation grows with 1.8 (1.9), sweep with
+           grows with blocks and not with width counts too: from 512 to 768 evaluation grows with 1.8 (2.0), sweep with
            1.5, QAT with 1.9, quantize with 2.1 (2.2). GPTQ hardly grows with tokens: its columns and the search of
            their ranges, which theory leaves out, do not depend on them
 Measured:  2026-11-26, CPU (2 cores of an AMD EPYC, busy otherwise: processor time, all threads together; jax 0.10.2)
