@@ -84,5 +84,9 @@ def on_cpu() -> bool:
 
 
 def on_cuda() -> bool:
-    """Whether programs run on an NVIDIA GPU by default."""
-    return jax.default_backend() == "gpu" and "cuda" in getattr(jax.devices()[0].client, "platform_version", "").lower()
+    """Whether programs run by default on an NVIDIA GPU that has what kernels use: compute capability 8.0, of Ampere."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    cuda = "cuda" in getattr(device.client, "platform_version", "").lower()
+    return cuda and float(getattr(device, "compute_capability", 0)) >= 8.0

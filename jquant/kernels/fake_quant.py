@@ -9,7 +9,7 @@ last axis, float32 scales: what training uses most; all else stays with XLA.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,10 @@ from jaxtyping import Array, Float, Float32
 from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
+from jquant.core.ste import Keep
 from jquant.kernels.rounding import whole_ratio
 
 _ELEMENTS, _WARPS = 4096, 8  # of a program; on an H100 as fast as a copy
-
-Keep = Literal["mask", "input"]
 
 
 def fits(scheme: Scheme, shape: tuple[int, ...], dtype: DTypeLike) -> bool:

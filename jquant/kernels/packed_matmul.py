@@ -60,7 +60,9 @@ def fits(q: QTensor) -> bool:
         return False
     tile_rows, group = q.scheme.tile(*q.matrix_shape)
     rows, columns = q.matrix_shape
-    return tile_rows == 1 and rows % 64 == 0 and columns % 256 == 0 and (group % 256 == 0 or 256 % group == 0)
+    # A step lies in one group, or holds whole groups: both are powers of two, or there is one group.
+    whole = group == columns or (group >= 16 and group & (group - 1) == 0)
+    return tile_rows == 1 and rows % 64 == 0 and columns % 256 == 0 and whole
 
 
 def packed_matmul(

@@ -56,9 +56,9 @@ def test_any_tiling_gives_the_same(tiling: Tiling) -> None:
     np.testing.assert_allclose(packed_matmul(x, q, tiling=tiling, interpret=True), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["int3:g64", "int4:b8x32", "q4_k", "int4:tensor"])
+@pytest.mark.parametrize("spec", ["int3:g64", "int4:b8x32", "q4_k", "int4:tensor", "int4:g768", "int8:g8"])
 def test_what_does_not_fit(spec: str) -> None:
-    assert not fits(quantize(jnp.ones((64, 256)), scheme(spec)))
+    assert not fits(quantize(jnp.ones((64, 1536)), scheme(spec)))
 
 
 def test_tilings_divide_the_inputs() -> None:
