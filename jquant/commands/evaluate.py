@@ -95,6 +95,8 @@ def _eval_tasks(config: EvalConfig) -> None:
             "model_sha256": checkpoint.sha256(),
             "scheme": config.scheme if schemes is None else str(schemes),
             "note": checkpoint.note,
+            "chat": config.benchmark.chat,
+            "limit": config.benchmark.limit,
             "tasks": tasks_record(results),
             "seconds": time.perf_counter() - started,
         }

@@ -10,10 +10,12 @@ context belong to the continuation, both are encoded as one text, and an empty c
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy as np
 from jquant.core.errors import InputError
 from jquant.evaluation.benchmark import TaskResult, items_hash
 from jquant.evaluation.benchmark_options import BenchmarkOptions
+from jquant.evaluation.chat_template import render_chat
 from jquant.evaluation.likelihood import Continuation, Likelihood, likelihoods
 from jquant.nn.protocol import CausalLM
 
@@ -142,22 +145,31 @@ class Answerer:
         return [texts[index] for index in range(len(requests))]
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages in the model's own chat template. Raises InputError where it has none."""
+        """The messages in the model's own chat template; without `add_generation_prompt` the last one is left open.
+
+        Where a template refuses a system message, that is left out, as lm-eval's own backend does.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses the messages.
+        """
         if self.tokenizer.chat_template is None:
             raise InputError("the model has no chat template: leave --chat out")
-        try:
-            from jinja2.sandbox import (  # pyright: ignore[reportMissingImports]
-                ImmutableSandboxedEnvironment,
-            )
-        except ImportError as error:
-            raise InputError(MISSING) from error
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(self.tokenizer.chat_template).render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
+        render = partial(
+            render_chat,
+            self.tokenizer.chat_template,
+            to_answer=add_generation_prompt,
             bos_token=self._special(self.tokenizer.bos_id),
             eos_token=self._special(self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else None),
         )
+        others = [message for message in messages if message["role"] != "system"]
+        try:
+            return render(messages)
+        except ImportError as error:
+            raise InputError(MISSING) from error
+        except InputError:
+            if len(others) == len(messages):
+                raise
+            return render(others)
 
     def _special(self, token: int | None) -> str:
         return "" if token is None else self.tokenizer.decode([token], skip_special=False)
@@ -199,7 +211,8 @@ def run_tasks(answerer: Answerer, options: BenchmarkOptions) -> list[TaskResult]
     """Runs tasks of lm-eval.
 
     Raises:
-        InputError: lm-eval is missing, a task is unknown, or its data cannot be had.
+        InputError: lm-eval is missing, a task is unknown, runs code without leave, its data cannot be had, or lm-eval
+            fails at scoring the answers.
     """
     try:
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
@@ -209,8 +222,6 @@ def run_tasks(answerer: Answerer, options: BenchmarkOptions) -> list[TaskResult]
     tasks, task_path = options.tasks, options.task_path
     if task_path is not None and not any(task_path.rglob("*.yaml")):
         raise InputError(f"{task_path}: holds no task definition (.yaml)")
-    if options.allow_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     with _quiet():
         manager = TaskManager(include_path=None if task_path is None else str(task_path))
     unknown = [task for task in tasks if task not in set(manager.all_tasks)]
@@ -222,7 +233,7 @@ def run_tasks(answerer: Answerer, options: BenchmarkOptions) -> list[TaskResult]
         )
     lm = as_lm(answerer)
     try:
-        with _quiet():
+        with _quiet(), _code_allowed(options.allow_code):
             found: Any = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),
@@ -237,13 +248,26 @@ def run_tasks(answerer: Answerer, options: BenchmarkOptions) -> list[TaskResult]
     except InputError:
         raise
     except Exception as error:  # of lm-eval and of what loads data, which raise anything
-        if lm.was_asked:
+        if lm.is_answering:
             raise
-        raise InputError(
-            f"tasks {', '.join(tasks)}: cannot be loaded: {' '.join(str(error).split())[:300]}; without a network give "
-            "definitions that read local files, by --task-path"
-        ) from error
+        raise InputError(_failure(tasks, error, lm.was_asked)) from error
     return [_task_result(task, found) for task in tasks]
+
+
+def _failure(tasks: Sequence[str], error: Exception, was_asked: bool) -> str:
+    """What to say of lm-eval's failure before the model was asked, or after."""
+    names, said = ", ".join(tasks), " ".join(str(error).split())
+    if was_asked:
+        return f"tasks {names}: the model has answered, lm-eval fails at scoring: {type(error).__name__}: {said[:300]}"
+    if any(word in said for word in ("marked as unsafe", "HF_ALLOW_CODE_EVAL")):
+        return (
+            f"tasks {names}: one of them runs what the model writes as a program, on this machine and without a "
+            "sandbox: give --allow-code where that is acceptable"
+        )
+    return (
+        f"tasks {names}: cannot be loaded: {said[:300]}; without a network give definitions that read local files, by "
+        "--task-path"
+    )
 
 
 def as_lm(answerer: Answerer) -> Any:
@@ -255,19 +279,22 @@ def as_lm(answerer: Answerer) -> Any:
 
     class JquantLM(LM):  # pyright: ignore[reportUntypedBaseClass]
         tokenizer_name = "jquant"
-        was_asked = False
+        was_asked = is_answering = False
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            self.was_asked = True
-            return answerer.loglikelihood(requests)
+            return self._answers(answerer.loglikelihood, requests)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            self.was_asked = True
-            return answerer.loglikelihood_rolling(requests)
+            return self._answers(answerer.loglikelihood_rolling, requests)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            self.was_asked = True
-            return answerer.generate_until(requests)
+            return self._answers(answerer.generate_until, requests)
+
+        def _answers(self, answer: Callable[[list[Any]], Any], requests: list[Any]) -> Any:
+            self.was_asked = self.is_answering = True
+            answers = answer(requests)
+            self.is_answering = False
+            return answers
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             return answerer.chat(chat_history, add_generation_prompt)
@@ -356,14 +383,51 @@ def _answer(sample: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """Hugging Face's scorer of programs reads its leave from the environment: given here, and taken back after."""
+    name = "HF_ALLOW_CODE_EVAL"
+    before = os.environ.get(name)
+    if allowed:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if allowed and before is None:
+            del os.environ[name]
+        elif allowed and before is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's and datasets' log of every step; errors still come as exceptions."""
+    """Without lm-eval's and datasets' log of every step, bars and look for a git repository; errors still come."""
+    from unittest import mock
+
+    from datasets.utils import (  # pyright: ignore[reportMissingImports]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    had_bars = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
-        yield
+        with contextlib.ExitStack() as replaced:
+            for place, name, instead in (
+                ("lm_eval.api.task", "tqdm", lambda items, **_: items),
+                ("lm_eval.evaluator", "get_git_commit_hash", lambda: None),
+                ("lm_eval.evaluator", "add_env_info", lambda results: None),
+            ):
+                module = importlib.import_module(place)
+                if hasattr(module, name):
+                    replaced.enter_context(mock.patch.object(module, name, instead))
+            yield
     finally:
+        if had_bars:
+            enable_progress_bars()
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

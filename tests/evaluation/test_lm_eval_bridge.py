@@ -8,6 +8,7 @@ comparison with its own backend.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from jquant.evaluation import likelihood
 from jquant.evaluation.benchmark import TaskResult
 from jquant.evaluation.benchmark_options import BenchmarkOptions
 from jquant.evaluation.likelihood import Continuation, bucket_lengths, likelihoods
-from jquant.evaluation.lm_eval_bridge import Answerer, rolling_pieces
+from jquant.evaluation.lm_eval_bridge import Answerer, _failure, rolling_pieces
 from jquant.models.decoder import Decoder
 from jquant.models.generate import generate
 from jquant.models.generate_batch import generate_batch
@@ -219,6 +220,17 @@ def test_without_lm_eval_the_command_names_the_extra(
         BenchmarkOptions(limit=3)
 
 
+def test_failures_say_what_to_do() -> None:
+    loading = _failure(("hellaswag",), OSError("no route"), was_asked=False)
+    assert "cannot be loaded: no route" in loading
+    assert "--task-path" in loading
+    for said in ("Attempted to run task: t which is marked as unsafe.", 'Set the "HF_ALLOW_CODE_EVAL" variable'):
+        refused = _failure(("humaneval",), ValueError(said), was_asked=False)
+        assert "--allow-code" in refused
+        assert "--task-path" not in refused
+    assert "fails at scoring: LookupError: punkt" in _failure(("ifeval",), LookupError("punkt"), was_asked=True)
+
+
 @pytest.mark.slow
 @pytest.mark.lm_eval
 @pytest.mark.filterwarnings("default")
@@ -251,3 +263,37 @@ def test_a_task_through_lm_eval(tmp_path: Path) -> None:
     assert found.scores["acc"] == pytest.approx(np.mean(found.items["acc"]))
     with pytest.raises(InputError, match="unknown task 'tiny_chess'"):
         benchmark(model, byte_tokenizer(), BenchmarkOptions(tasks=("tiny_chess",), task_path=tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.lm_eval
+@pytest.mark.filterwarnings("default")
+def test_a_task_that_runs_code_needs_leave(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its scorer is called with leave alone, and what it raises is told; nothing else reaches the terminal."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "def one():"}) + "\n")
+    (tmp_path / "scorer.py").write_text(
+        "import os\n\ndef score(references, predictions):\n    return float(os.environ['HF_ALLOW_CODE_EVAL'])\n\n"
+        "def broken(references, predictions):\n    raise LookupError('no interpreter')\n"
+    )
+    for name, scorer in (("tiny_code", "score"), ("tiny_broken", "broken")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\nunsafe_code: true\n"
+            f"dataset_kwargs: {{data_files: {{test: '{tmp_path / 'rows.jsonl'}'}}}}\n"
+            "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: ''\n"
+            "generation_kwargs: {until: ['\\n'], max_gen_toks: 8, do_sample: false}\n"
+            f"metric_list: [{{metric: !function scorer.{scorer}, aggregation: mean, higher_is_better: true}}]\n"
+        )
+    run = partial(benchmark, tiny_model(), byte_tokenizer())
+
+    def options(task: str, *, allow_code: bool) -> BenchmarkOptions:
+        return BenchmarkOptions(tasks=(task,), task_path=tmp_path, allow_code=allow_code)
+
+    with pytest.raises(InputError, match=r"tasks tiny_code: .* give --allow-code"):
+        run(options("tiny_code", allow_code=False))
+    (found,) = run(options("tiny_code", allow_code=True))
+    assert list(found.scores.values()) == [1.0]
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    with pytest.raises(InputError, match=r"tiny_broken: the model has answered, .* LookupError: no interpreter"):
+        run(options("tiny_broken", allow_code=True))
+    told = "".join(capfd.readouterr())
+    assert [noise for noise in ("fatal:", "it/s", "examples/s") if noise in told] == []
