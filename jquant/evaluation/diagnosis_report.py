@@ -9,6 +9,7 @@ from html import escape
 from importlib.resources import files
 
 from jquant.evaluation.diagnosis import Diagnosis, ranked
+from jquant.evaluation.validation_report import marked_up
 
 _LEFT, _CELL, _HEIGHT = 120, 26, 24  # of the maps, px
 _LIGHT, _DARK = (244, 241, 234), (140, 20, 40)  # ends of the colour scale, sRGB
@@ -96,7 +97,7 @@ def _findings(diagnosis: Diagnosis) -> Iterator[str]:
     for each in diagnosis.findings:
         yield (
             f"<li><b>{escape(each.case)}: {escape(each.where)}, {escape(each.cause)}.</b> {escape(each.said)}. "
-            f"{escape(each.remedy.capitalize())}.</li>"
+            f"{marked_up(each.remedy[:1].upper() + each.remedy[1:])}.</li>"
         )
     yield "</ul>"
 
@@ -195,7 +196,7 @@ def _tables(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"<h2>{escape(title)}</h2><div class='scroll'><table class='plain'><thead><tr>"
+    yield f"<h2>{escape(title)}</h2><div class='scroll'><table><thead><tr>"
     yield "".join(f'<th scope="col">{escape(name)}</th>' for name in columns) + "</tr></thead><tbody>"
     for first, *rest in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)

@@ -25,7 +25,8 @@ _CELLS = 10_000_000  # counts drawn at a time
 
 
 class Interval(NamedTuple):
-    """Within which a value lies with a confidence of 95 %; NaN where one item alone was seen."""
+    """Within which a value lies with a confidence of 95 %; NaN where one item alone was seen, an infinite end where the
+    items leave it open."""
 
     low: float
     high: float
@@ -67,6 +68,7 @@ def degradation(reference: float, quantized: float) -> float:
 def degradation_interval(reference: Sequence[float], quantized: Sequence[float], *, seed: int = 0) -> Interval:
     """Of the degradation, items drawn anew in pairs.
 
+    Where the reference has so few items right that some draws hold none, a gain in these is without bound: −inf.
     Where no item was lost the bootstrap knows of no loss at all: then the upper end is what n items without one leave
     open, 1 − 0.025^(1/n) of them.
     """
@@ -112,7 +114,10 @@ def bootstrap(
     if not len(values):
         return UNKNOWN
     tail = 100 * (1 - CONFIDENCE) / 2
-    return Interval(*(float(edge) for edge in np.percentile(values, [tail, 100 - tail])))
+    if np.isfinite(values).all():
+        return Interval(*(float(edge) for edge in np.percentile(values, [tail, 100 - tail])))
+    low, high = np.percentile(values, tail, method="lower"), np.percentile(values, 100 - tail, method="higher")
+    return Interval(float(low), float(high))  # between an infinity and a number there is nothing to interpolate
 
 
 def _pairs(reference: Sequence[float], quantized: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

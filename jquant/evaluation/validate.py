@@ -277,8 +277,8 @@ def recommend(checks: Sequence[Check], text: TextComparison | None, made: Made) 
     for check in failed:
         if check not in sure and not math.isnan(check.interval.high):
             found.append(
-                f"{check.name} fails by its value and may pass by its noise: {check.loss:.1%}, 95 % interval "
-                f"{check.interval.low:.1%} to {check.interval.high:.1%}, threshold {check.threshold:.1%}. "
+                f"{check.name} fails by its value and may pass by its noise: {percent(check.loss)}, 95 % interval "
+                f"{percent(check.interval.low)} to {percent(check.interval.high)}, threshold {check.threshold:.1%}. "
                 + _more_items(check)
             )
     if failed:
@@ -377,10 +377,20 @@ def _of_text(text: TextComparison | None, failed: Sequence[Check]) -> list[str]:
     return found
 
 
+def percent(value: float, sign: str = "") -> str:
+    """A share as reports write it; `sign` is "+" to show that of a loss."""
+    return f"{value:{sign}.1%}".replace("-", "−").replace("inf%", "∞")
+
+
 def _more_items(check: Check) -> str:
     """How many items would tell: the interval narrows with their square root."""
     gap, half = abs(check.loss - check.threshold), (check.interval.high - check.interval.low) / 2
     if not gap or not check.items or check.name == "perplexity":
         return "Measure more of it." if check.name != "perplexity" else "Measure more windows."
+    if math.isinf(half):
+        return (
+            f"The reference is right on too few of the {check.items:,} items to judge by: take a benchmark that it can "
+            "do."
+        )
     needed = math.ceil(check.items * (half / gap) ** 2)
     return f"About {needed:,} items would tell; {check.items:,} were asked."

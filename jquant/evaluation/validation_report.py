@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from jquant.evaluation.validate import Check, Validation
+from jquant.evaluation.validate import Check, Validation, percent
 
 _SIGNS = {"passed": "✓ passed", "failed": "✗ failed", "missing": "– not measured"}
+_COMMAND = re.compile(r"`([^`]+)`")
 _WIDTH, _ROW, _LEFT = 720, 34, 150  # of the chart, px
-_COLUMNS = ("check", "metric", "items", "reference", "model", "loss", "95 % interval", "threshold", "flips", "status")
+_COLUMNS = ("check", "status", "metric", "items", "reference", "model", "loss", "95 % interval", "threshold", "flips")
 
 
 def to_markdown(validation: Validation) -> str:
@@ -57,13 +59,19 @@ def to_html(validation: Validation) -> str:
             *_text_section(validation),
             "<h2>What was compared</h2>",
             *_definitions(facts.items()),
-            "<footer>A loss is the share of the reference's score that is gone; of perplexity, its increase. Intervals "
+            "<footer>A loss is the share of the reference's score that is gone; of perplexity, its increase. The chart "
+            "draws each as a multiple of its own threshold; an arrow stands for one beyond its edge. Intervals "
             "hold 95 % of what other items of the same kind would give, items drawn in pairs. Made by jquant.</footer>",
             "</body>",
             "</html>",
             "",
         )
     )
+
+
+def marked_up(text: str) -> str:
+    """HTML of a sentence in which commands stand between backticks."""
+    return _COMMAND.sub(r"<code>\1</code>", escape(text))
 
 
 def _verdict(validation: Validation) -> str:
@@ -78,7 +86,7 @@ def _verdict(validation: Validation) -> str:
 def _advice(validation: Validation) -> Iterator[str]:
     yield "<h2>What follows</h2><ul class='advice'>"
     for said in validation.recommendations:
-        yield f"<li>{escape(said)}</li>"
+        yield f"<li>{marked_up(said)}</li>"
     yield "</ul>"
 
 
@@ -98,33 +106,44 @@ def _chart(validation: Validation) -> Iterator[str]:
 
     yield "<h2>Loss against threshold</h2>"
     said = "; ".join(f"{check.name} {check.loss:.1%} of {check.threshold:.1%}" for check in shown)
+    yield '<div class="wide">'
     yield f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(said)}">'
     yield f'<rect class="allowed" x="{x(low):.1f}" y="4" width="{x(1) - x(low):.1f}" height="{height - 34}"/>'
     yield f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="4" y2="{height - 30}"/>'
     yield f'<line class="limit" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="4" y2="{height - 30}"/>'
-    yield f'<text class="axis" text-anchor="end" x="{x(0) + 4:.1f}" y="{height - 12}">no loss</text>'
-    yield f'<text class="axis" text-anchor="start" x="{x(1) - 4:.1f}" y="{height - 12}">threshold</text>'
+    apart = x(1) - x(0) > 64  # room for both labels under their lines
+    for at, anchor, label in ((x(0), "end", "no loss"), (x(1), "start", "threshold")):
+        yield (
+            f'<text class="axis" text-anchor="{"middle" if apart else anchor}" x="{at:.1f}" y="{height - 12}">'
+            f"{label}</text>"
+        )
     for index, check in enumerate(shown):
         y = 4 + _ROW * index + _ROW / 2
         yield f'<text class="name" x="{_LEFT - 12}" y="{y + 4:.1f}">{escape(check.name)}</text>'
         edges = [value / check.threshold for value in check.interval]
-        if all(map(math.isfinite, edges)):
+        if not any(map(math.isnan, edges)):  # an open end is cut like one that lies outside
             yield f'<line class="interval" x1="{x(edges[0]):.1f}" x2="{x(edges[1]):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        place = check.loss / check.threshold
-        mark = "›" if place > high else ""
-        yield f'<circle class="{check.status}" cx="{x(place):.1f}" cy="{y:.1f}" r="6"/>'
-        yield f'<text class="value" x="{_WIDTH - 80}" y="{y + 4:.1f}">{escape(f"{_loss(check)} {mark}")}</text>'
-    yield "</svg>"
+        yield _mark(check, x(check.loss / check.threshold), y, check.loss / check.threshold > high)
+        yield f'<text class="value" x="{_WIDTH - 72}" y="{y + 4:.1f}">{escape(_loss(check))}</text>'
+    yield "</svg></div>"
+
+
+def _mark(check: Check, x: float, y: float, is_beyond: bool) -> str:
+    """A dot at the loss; an arrow at the edge where it lies beyond."""
+    if is_beyond:
+        return f'<path class="mark {check.status}" d="M{x - 6:.1f} {y - 7:.1f}l12 7l-12 7z"/>'
+    return f'<circle class="mark {check.status}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
 
 
 def _table(validation: Validation) -> Iterator[str]:
-    yield "<h2>Checks</h2><div class='scroll'><table><thead><tr>"
+    yield "<h2>Checks</h2><div class='scroll'><table class='checks'><thead><tr>"
     yield "".join(f'<th scope="col">{escape(name)}</th>' for name in _COLUMNS)
     yield "</tr></thead><tbody>"
     for check in validation.checks:
         cells = _row(check)
         yield f'<tr class="{check.status}"><th scope="row">{escape(cells[0])}</th>'
-        yield "".join(f"<td>{escape(cell)}</td>" for cell in cells[1:]) + "</tr>"
+        yield f'<td class="status">{escape(cells[1])}</td>'
+        yield "".join(f"<td>{escape(cell)}</td>" for cell in cells[2:]) + "</tr>"
         if check.note:
             yield f'<tr class="note"><td colspan="{len(_COLUMNS)}">{escape(check.note)}</td></tr>'
     yield "</tbody></table></div>"
@@ -146,25 +165,25 @@ def _definitions(pairs: Any) -> Iterator[str]:
 def _row(check: Check) -> list[str]:
     flips = check.flips
     low, high = check.interval
-    percent = check.name != "KL divergence"
+    is_share = check.name != "KL divergence"
     return [
         check.name,
+        _SIGNS[check.status] + (", not surely" if not check.is_sure and not math.isnan(low) else ""),
         check.metric,
         f"{check.items:,}" if check.items else "",
         _number(check.reference),
         _number(check.value),
         _loss(check),
-        "" if math.isnan(low) else f"{low:+.1%} … {high:+.1%}",
-        f"{check.threshold:.1%}" if percent else f"{check.threshold:g}",
+        "" if math.isnan(low) else f"{percent(low, '+')} … {percent(high, '+')}",
+        f"{check.threshold:.1%}" if is_share else f"{check.threshold:g}",
         "" if flips is None else f"−{flips.lost} +{flips.gained}, p {flips.p_value:.2g}",
-        _SIGNS[check.status] + (", not surely" if not check.is_sure and not math.isnan(low) else ""),
     ]
 
 
 def _loss(check: Check) -> str:
     if math.isnan(check.loss):
         return ""
-    return f"{check.loss:+.1%}" if check.name != "KL divergence" else f"{check.loss:.3g}"
+    return percent(check.loss, "+") if check.name != "KL divergence" else f"{check.loss:.3g}"
 
 
 def _text(validation: Validation) -> Iterator[tuple[str, str]]:

@@ -60,6 +60,13 @@ def test_no_loss_among_few_items_proves_little() -> None:
     assert all(map(math.isnan, degradation_interval([1.0], [1.0])))
 
 
+def test_a_reference_that_is_hardly_ever_right_leaves_a_gain_open() -> None:
+    """Of all 256 draws of four items, some hold no right answer of the reference and one of the model."""
+    low, high = degradation_interval([1, 0, 0, 0], [0, 1, 0, 0])
+    assert (low, high) == (-math.inf, 1.0)
+    assert degradation_interval([1.0] * 3 + [0.0] * 161, [0.0] * 3 + [1.0] + [0.0] * 160).low == -math.inf
+
+
 def test_degradation() -> None:
     assert degradation(0.5, 0.45) == pytest.approx(0.1)
     assert degradation(0.5, 0.6) == pytest.approx(-0.2)

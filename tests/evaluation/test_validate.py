@@ -214,3 +214,16 @@ def test_reports_say_the_same_and_let_no_markup_through() -> None:
     record = found.as_json()
     assert record["passed"] is False
     assert dataclasses.asdict(found.checks[0])["name"] == record["checks"][0]["name"] == "perplexity"
+
+
+def test_few_right_answers_are_no_crash() -> None:
+    """HumanEval of a small model: 3 of 164 solved, of which the quantized one lost three and solved another."""
+    found = validate(*_pair("humaneval", 3, 3, 1, of=164), required=())
+    assert not found.passed
+    assert not found.checks[0].is_sure
+    assert any("right on too few of the 164 items" in said for said in found.recommendations)
+    assert "−∞ … +100.0%" in to_markdown(found)
+    page = to_html(found)
+    assert "nan" not in page
+    assert 'class="mark failed" d="M' in page  # an arrow at the chart's edge
+    assert "<code>jquant advise</code>" in to_html(validate(*_pair("mmlu", 500, 400), made=Made(bits=4)))
