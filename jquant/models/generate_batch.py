@@ -38,7 +38,7 @@ def generate_batch(
         prompts: token ids; none is empty.
         max_tokens: how many to add at most.
         stop: asked after each token of a row, that token being the last of those it is given.
-        rows: prompts that run at once, by default 4 on CPU and 32 elsewhere.
+        rows: prompts that run at once, by default at most 4 on CPU and 32 elsewhere.
 
     Returns:
         The new tokens of each prompt, with the one that ended it.
@@ -46,7 +46,8 @@ def generate_batch(
     Raises:
         InputError: a prompt is empty or too long.
     """
-    rows = (4 if on_cpu() else 32) if rows is None else rows
+    if rows is None:
+        rows = max(1, min(4, len(prompts))) if on_cpu() else 32  # on a CPU empty rows cost what others do
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {index} is empty: give at least one token")

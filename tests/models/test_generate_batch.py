@@ -49,9 +49,9 @@ def test_pieces_longer_than_the_cache_are_cut(monkeypatch: pytest.MonkeyPatch) -
 
 def test_programs_depend_on_capacity_alone() -> None:
     model = tiny_model(1)
-    generate_batch(model, [[1] * 9, [2] * 30], max_tokens=4, stop=lambda row, new: False)
+    generate_batch(model, [[1] * 9, [2] * 30], max_tokens=4, stop=lambda row, new: False, rows=4)
     size = module._step._cache_size()  # type: ignore[attr-defined]
-    generate_batch(model, [[1] * 77, [2] * 100, [3]], max_tokens=9, stop=lambda row, new: False)
+    generate_batch(model, [[1] * 77, [2] * 100, [3]], max_tokens=9, stop=lambda row, new: False, rows=4)
     assert module._step._cache_size() == size  # type: ignore[attr-defined]
 
 
