@@ -14,6 +14,8 @@ from jquant.ptq.config import QuantizeConfig
 from jquant.qat.command import QATCommand
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from jquant.models.checkpoint import Checkpoint
 
 
@@ -142,7 +144,7 @@ def export_command(config: ExportConfig | ConvertConfig) -> None:
     started = time.perf_counter()
     limit = int(config.max_shard_gb * 1e9)
     checkpoint = open_checkpoint(config.model).packed()
-    evaluation = None if config.text is None else _measured_perplexity(checkpoint, config)
+    evaluation = None if config.text is None else _perplexity_measure(checkpoint, config)
     export(
         checkpoint,
         config.out,
@@ -156,8 +158,10 @@ def export_command(config: ExportConfig | ConvertConfig) -> None:
     print(f"{config.out}: {config.format}, {size / 1e6:.1f} MB, {time.perf_counter() - started:.1f} s")
 
 
-def _measured_perplexity(checkpoint: Checkpoint, config: ExportConfig | ConvertConfig) -> dict[str, str]:
-    """Rows of a model card."""
+def _perplexity_measure(
+    checkpoint: Checkpoint, config: ExportConfig | ConvertConfig
+) -> Callable[[], Mapping[str, str]]:
+    """What measures the rows of a model card; what cannot be measured is refused here, before anything is written."""
     from jquant.data.blocks import text_windows
     from jquant.data.text import load_text
     from jquant.evaluation.scoring import evaluate
@@ -170,11 +174,17 @@ def _measured_perplexity(checkpoint: Checkpoint, config: ExportConfig | ConvertC
     text = load_text(config.text)
     refuse_calibration_text(checkpoint, text)
     windows = text_windows(text, checkpoint.tokenizer(), window=config.window, limit=config.windows)
-    with progress_bar(f"evaluating {len(windows.tokens)} windows", len(windows.tokens)) as advance:
-        found = evaluate(checkpoint.model(), windows, batch=default_batch(None), progress=advance).perplexity
-    error = "" if math.isnan(found.stderr) else f" ± {found.stderr * found.value:.4f}"  # of one window there is none
-    return {
-        "perplexity": f"{found.value:.4f}{error}",
-        "measured on": f"`{text.name}`, {len(windows.tokens)} windows of {config.window} tokens, text sha256 "
-        f"`{text.sha256}`",
-    }
+
+    def measure() -> Mapping[str, str]:
+        with progress_bar(f"evaluating {len(windows.tokens)} windows", len(windows.tokens)) as advance:
+            found = evaluate(checkpoint.model(), windows, batch=default_batch(None), progress=advance).perplexity
+        error = (
+            "" if math.isnan(found.stderr) else f" ± {found.stderr * found.value:.4f}"
+        )  # of one window there is none
+        return {
+            "perplexity": f"{found.value:.4f}{error}",
+            "measured on": f"`{text.name}`, {len(windows.tokens)} windows of {config.window} tokens, text sha256 "
+            f"`{text.sha256}`",
+        }
+
+    return measure

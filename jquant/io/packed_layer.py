@@ -86,7 +86,9 @@ def check_whole_groups(q: QTensor, what: str) -> None:
     """Raises InputError where the last group of a row is shorter."""
     match q.scheme.granularity:
         case Group(size) if q.matrix_shape[1] % size:
-            raise InputError(f"{what}: groups of {size} do not divide {q.matrix_shape[1]} inputs: use another size")
+            columns = q.matrix_shape[1]
+            nearest = max(divisor for divisor in range(1, size) if columns % divisor == 0)
+            raise InputError(f"{what}: groups of {size} do not divide {columns} inputs: groups of {nearest} would")
 
 
 def required(arrays: Arrays, name: str, dtypes: tuple[np.dtype | type, ...], ndim: int, what: str) -> np.ndarray:

@@ -68,7 +68,7 @@ def export(
     format: str,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD,
-    evaluation: Mapping[str, str] | None = None,
+    evaluation: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Writes a checkpoint, packed or float, in a format of other tools; the folder appears whole or not at all.
 
@@ -78,7 +78,8 @@ def export(
         format: one of `FORMATS`.
         dtype: of the float weights; by default as they are held.
         max_shard_bytes: of a weight file; more take an index.
-        evaluation: what was measured of it, for the model card and the record: a row each, in words.
+        evaluation: measures it for the model card and the record, a row each, in words; called once all layers have
+            been found to fit the format.
 
     Raises:
         InputError: the format cannot hold a layer (the nearest scheme that it can is named), or the model; the folder
@@ -90,9 +91,6 @@ def export(
     if format == "gguf":
         export_gguf(checkpoint, path, dtype="float32" if dtype is None else str(np.dtype(dtype)))
         return
-    if evaluation is not None:
-        provenance = {**checkpoint.provenance, "evaluation": dict(evaluation)}
-        checkpoint = dataclasses.replace(checkpoint, provenance=provenance)
     path, config = Path(path), checkpoint.config
     check_new_folder(path)
     kind = "float32" if dtype is None else str(np.dtype(dtype))
@@ -114,6 +112,9 @@ def export(
                 description["quantization_config"] = quantization
             if quantization is not None and format.startswith("gptq"):
                 (folder / "quantize_config.json").write_text(as_text(quantization), encoding="utf-8")
+            if evaluation is not None:
+                provenance = {**checkpoint.provenance, "evaluation": dict(evaluation())}
+                checkpoint = dataclasses.replace(checkpoint, provenance=provenance)
             tokenizer = checkpoint.tokenizer()
             _add_special_tokens(description, tokenizer)
             record = {"jquant": __version__, "format": format, "schemes": schemes, "provenance": checkpoint.provenance}

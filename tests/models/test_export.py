@@ -234,7 +234,7 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
 def test_what_was_measured_is_in_the_card_and_the_record(tmp_path: Path) -> None:
     _saved(_quantized("int4:g32"), tmp_path / "native")
     said = {"perplexity": "12.3456 ± 0.1", "measured on": "`pydoc`"}
-    export(tmp_path / "native", tmp_path / "out", format="compressed-tensors", evaluation=said)
+    export(tmp_path / "native", tmp_path / "out", format="compressed-tensors", evaluation=lambda: said)
     assert "| perplexity | 12.3456 ± 0.1 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert open_checkpoint(tmp_path / "out").provenance["evaluation"] == said
 
@@ -244,6 +244,7 @@ def test_what_was_measured_is_in_the_card_and_the_record(tmp_path: Path) -> None
     [
         ("gptq", "int4:g32", r"blocks.0.attn.k_proj.weight: .*not int4:g32: int4:g32:fp16"),
         ("gptq", "nf4:g32", "int4:g32:fp16"),
+        ("gptq", "int4:g40:fp16", "groups of 40 do not divide 64 inputs: groups of 32 would"),
         ("awq", "int3:g32:asym:fp16", "the nearest is int4:g32:asym:fp16"),
         ("compressed-tensors", "nf4:g32", "the nearest is nvfp4"),
         ("compressed-tensors", "int4:b8x32", "the nearest is int4:g128"),
@@ -253,7 +254,7 @@ def test_what_was_measured_is_in_the_card_and_the_record(tmp_path: Path) -> None
 def test_what_a_format_cannot_hold(format: str, spec: str, message: str, tmp_path: Path) -> None:
     native = open_checkpoint(_saved(_quantized(spec), tmp_path / "native"))
     with pytest.raises(InputError, match=message):
-        export(native, tmp_path / "out", format=format)
+        export(native, tmp_path / "out", format=format, evaluation=lambda: pytest.fail("measured, and for nothing"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["native"]
 
 
