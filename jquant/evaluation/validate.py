@@ -383,14 +383,15 @@ def percent(value: float, sign: str = "") -> str:
 
 
 def _more_items(check: Check) -> str:
-    """How many items would tell: the interval narrows with their square root."""
-    gap, half = abs(check.loss - check.threshold), (check.interval.high - check.interval.low) / 2
+    """How many items would tell: the interval's end beyond the threshold nears the loss with their square root."""
+    gap = abs(check.loss - check.threshold)
+    reach = check.loss - check.interval.low if check.loss > check.threshold else check.interval.high - check.loss
     if not gap or not check.items or check.name == "perplexity":
         return "Measure more of it." if check.name != "perplexity" else "Measure more windows."
-    if math.isinf(half):
+    if math.isinf(reach):
         return (
             f"The reference is right on too few of the {check.items:,} items to judge by: take a benchmark that it can "
             "do."
         )
-    needed = math.ceil(check.items * (half / gap) ** 2)
+    needed = math.ceil(check.items * (reach / gap) ** 2)
     return f"About {needed:,} items would tell; {check.items:,} were asked."

@@ -227,3 +227,14 @@ def test_few_right_answers_are_no_crash() -> None:
     assert "nan" not in page
     assert 'class="mark failed" d="M' in page  # an arrow at the chart's edge
     assert "<code>jquant advise</code>" in to_html(validate(*_pair("mmlu", 500, 400), made=Made(bits=4)))
+
+
+@pytest.mark.parametrize(
+    ("right", "lost", "gained", "of"), [(9, 5, 1, 24), (60, 8, 4, 100), (500, 9, 3, 1000), (40, 2, 2, 90)]
+)
+def test_more_items_are_asked_for_than_were_asked(right: int, lost: int, gained: int, of: int) -> None:
+    """Intervals are lopsided where items are few: what counts is their end beyond the threshold."""
+    found = validate(*_pair("hellaswag", right, lost, gained, of=of), required=())
+    assert not found.checks[0].is_sure
+    (needed,) = re.findall(r"About ([\d,]+) items would tell", "\n".join(found.recommendations))
+    assert int(needed.replace(",", "")) >= of
