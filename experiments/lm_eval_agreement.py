@@ -18,12 +18,12 @@ writes is what the Hugging Face side opens.
 Measured:  SmolLM2-135M-Instruct in float32, first 100 rows of each; lm-eval 0.4.13, transformers 5.17, torch 2.13, one
            CPU core. 2026-11-25. Ours took 144 s
 
-    arc_easy   acc       ours 0.4600  hf 0.4600  same on 100 of 100
-    arc_easy   acc_norm  ours 0.4000  hf 0.4000  same on 100 of 100
-    arc_easy   answers   same on 100 of 100
-    hellaswag  acc       ours 0.3200  hf 0.3200  same on 100 of 100
-    hellaswag  acc_norm  ours 0.3500  hf 0.3500  same on 100 of 100
-    hellaswag  answers   same on 100 of 100
+    arc_easy       acc                ours 0.4600  hf 0.4600  same on 100 of 100
+    arc_easy       acc_norm           ours 0.4000  hf 0.4000  same on 100 of 100
+    arc_easy       answers            same on 100 of 100
+    hellaswag      acc                ours 0.3200  hf 0.3200  same on 100 of 100
+    hellaswag      acc_norm           ours 0.3500  hf 0.3500  same on 100 of 100
+    hellaswag      answers            same on 100 of 100
 
            Prompts and answers are the same, with and without the chat template, of 12 rows of MMLU's astronomy with
            three solved examples (24 of 24 choices), and of two rows of IFEval, up to 160 tokens, of HumanEval, and of
@@ -149,20 +149,24 @@ def compare(ours: Path, theirs: Path) -> None:
     """Prints, for each task and metric, both scores and on how many items they agree."""
     record = json.loads(ours.read_text())
     for name, task in record["tasks"].items():
-        samples = {row["doc_id"]: row for row in _samples(theirs, name)}
+        samples = list(_samples(theirs, name))
         for metric, scores in task["items"].items():
-            pairs = [(score, float(samples[index][metric])) for index, score in enumerate(scores)]
+            of, _, filtered = metric.partition(",")
+            rows = {row["doc_id"]: row for row in samples if row["filter"] == (filtered or "none")}
+            pairs = [(score, float(rows[index][of])) for index, score in enumerate(scores)]
             same = sum(a == b for a, b in pairs)
             mine, other = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-            print(f"{name:10} {metric:9} ours {mine:.4f}  hf {other:.4f}  same on {same} of {len(pairs)}")
-        pairs = list(zip(task["answers"], (_answer(samples[i]) for i in sorted(samples)), strict=True))
-        print(f"{name:10} answers   same on {sum(_same(a, b) for a, b in pairs)} of {len(pairs)}")
+            print(f"{name:14} {metric:18} ours {mine:.4f}  hf {other:.4f}  same on {same} of {len(pairs)}")
+        answers = {row["doc_id"]: _answer(row) for row in samples}
+        pairs = list(zip(task["answers"], (answers[index] for index in sorted(answers)), strict=True))
+        print(f"{name:14} answers            same on {sum(_same(a, b) for a, b in pairs)} of {len(pairs)}")
 
 
 def _answer(sample: dict[str, Any]) -> int | str:
     """The alternative that the model finds most likely, or the text that it wrote."""
-    if not isinstance(sample["filtered_resps"][0][0], str) or len(sample["filtered_resps"][0]) == 1:
-        return str(sample["resps"][0][0])
+    first = sample["resps"][0][0]
+    if isinstance(first, str):
+        return first
     likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
     return max(range(len(likelihoods)), key=likelihoods.__getitem__)
 

@@ -354,7 +354,7 @@ def _device_caveats(asked: Constraints) -> list[str]:
     if device.name.startswith("local"):
         found = ["Times are least times, from the bandwidth and rates that were measured here."]
     found[0] += (
-        " Our own decoder on two CPU cores takes 2.3 times as long to prefill and 3.8 times as long to decode the "
+        " Our own decoder on two CPU cores takes 2.1 times as long to prefill and 3 to 6 times as long to decode the "
         "demo (scripts/bench_roofline.py)."
     )
     if device.rate(device.float_format) is None:
