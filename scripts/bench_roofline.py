@@ -11,8 +11,8 @@ which it reads: the prediction is of that, with the pieces; the cache's padding 
 CPU (2 cores of an AMD EPYC, shared with others, jax 0.10.2, 2026-11-26, four runs): the demo in float32, 512 prompt
 tokens; copy 46 to 70 GB/s, 0.13 to 0.21e12 operations/s. Prefill 0.57 to 0.90 s predicted, 1.20 to 1.79 s measured,
 ratio 2.0 to 2.2; a token 8 to 12 ms predicted, 37 to 48 ms measured, ratio 3.0 to 5.9: a token's own time hardly moves
-with the bandwidth that the copy finds. Of some 40 ms 15 go to launching the blocks' programs (as many blocks of width 32
-take that long) and 18 to reading the weights at 30 GB/s, which is what XLA reaches for a matrix that meets one row.
+with the bandwidth that the copy finds. Of some 40 ms 15 go to launching the blocks' programs (as many blocks of width
+32 take that long) and 18 to reading the weights at 30 GB/s, which is what XLA reaches for a matrix that meets one row.
 
 H100 (jax 0.11.2, bfloat16, 2026-11-25): copy 2,790 GB/s, 0.8e15 operations/s. A model of 8 blocks of Llama 3 8B's
 shape, 2,048 prompt tokens in pieces of 64: prefill 41 ms predicted, 103 measured, ratio 2.5 (7.7 before runs of blocks
