@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.calib.gram import Gram
@@ -110,13 +111,13 @@ def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, con
     if w.shape[-1] != factor.root.shape[-1]:
         raise InputError(f"weight of {w.shape[-1]} inputs, Gram matrix of {factor.root.shape[-1]}: they must agree")
     scheme.granularity.tile(*w.shape)
-    return _solve(w, factor, scheme, config, dispatch.way())
+    return _chosen(w)(w, factor, scheme, config, dispatch.way())
 
 
 def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[Any]:
     """What `factorize` and `solve_with` compile for such operands, traced; nothing is computed."""
     factorizing = _factorize.trace(gram.matrix, config)
-    return [factorizing, _solve.trace(w, factorizing.out_info, scheme, config, dispatch.way())]
+    return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way())]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -192,8 +193,7 @@ class _Plan(NamedTuple):
     way: dispatch.Way
 
 
-@partial(jax.jit, static_argnames=("scheme", "config", "way"))
-def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
+def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
     rows, columns = w.shape
     group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
     levels = _levels(group, columns, config, way)
@@ -230,6 +230,17 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: di
         groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[:columns])
     q = _assemble(codes, state.parameters, scheme, (rows, columns), problem.outer, np.dtype(w.dtype), groups)
     return Solution(q, jnp.sum(state.loss) / 2, factor.damping, factor.fallback)
+
+
+_solve = jax.jit(_solution, static_argnames=("scheme", "config", "way"))
+_solve_alone = jax.jit(
+    _solution, static_argnames=("scheme", "config", "way"), compiler_options=dispatch.WITHOUT_TRITON_GEMM
+)
+
+
+def _chosen(w: Any) -> Any:
+    """The program for these operands: under a trace it becomes a part of another, which has no options of its own."""
+    return _solve if isinstance(w, Tracer) or not dispatch.on_cuda() else _solve_alone
 
 
 def _on_diagonal(matrix: Array, size: int) -> Array:

@@ -12,6 +12,7 @@ from jquant.calib import gram
 from jquant.calib.gram import Gram
 from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import Scheme
+from jquant.kernels.dispatch import WITHOUT_TRITON_GEMM
 
 update = jax.jit(gram.update, donate_argnums=0)
 finalize = jax.jit(gram.finalize)
@@ -45,8 +46,7 @@ def _difference(weight: jax.Array, value: QTensor) -> jax.Array:
     return dequantize(value, jnp.float32) - weight.astype(jnp.float32)
 
 
-# Among its own kernels for a product of float32 XLA looks for many seconds a shape, and cuBLAS's serve as well.
-@partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
+@partial(jax.jit, compiler_options=WITHOUT_TRITON_GEMM)
 def _squares(error: jax.Array, statistics: Gram | None) -> jax.Array:
     if statistics is None:
         return jnp.sum(error * error)
