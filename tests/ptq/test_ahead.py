@@ -18,7 +18,7 @@ WORKING = (
     "update",
     "finalize",
     "_factorize",
-    "_solve",
+    "_solution",
     "_rounded",
     "_difference",
     "_squares",
