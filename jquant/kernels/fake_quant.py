@@ -96,11 +96,13 @@ def _pull(plan: Plan, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array]
         return (cotangent.astype(x.dtype),)
     if plan.keep == "input":
         return (_over_groups(_backward, (x, cotangent), plan, (x.dtype,))[0],)
-    element = plan.scheme.element
+    element, axis, scale = plan.scheme.element, plan.axis, kept[1]
     assert isinstance(element, Int), "`fits` refuses others"
-    scale = jnp.repeat(kept[1], x.shape[plan.axis] // kept[1].shape[plan.axis], axis=plan.axis)
-    whole = core_whole_ratio(x.astype(jnp.float32), scale)
-    return (jnp.where(element.holds(whole), cotangent.astype(x.dtype), jnp.zeros((), x.dtype)),)
+    groups = scale.shape[axis]
+    # Groups along an axis of their own, so that the reciprocal of a scale is taken once a group.
+    tiles = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[len(x.shape) + axis + 1 :])
+    in_range = element.holds(core_whole_ratio(tiles.astype(jnp.float32), jnp.expand_dims(scale, axis % x.ndim + 1)))
+    return (jnp.where(in_range.reshape(x.shape), cotangent.astype(x.dtype), jnp.zeros((), x.dtype)),)
 
 
 _fake_quantize.defvjp(_keep, _pull)
