@@ -25,9 +25,11 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme
 from jquant.kernels import fake_quant as fused
+from jquant.kernels import packed_wgmma
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
-FEW_ROWS = 128  # up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py)
+# Up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py).
+FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 2048
 
 # For programs with many products of float32: among kernels of its own XLA looks for a second a shape, and cuBLAS's
 # serve as well (the solver of 14336 × 4096 on an H200: 11.3 s to compile or 2.6; 23 ms to run or 24).
@@ -50,13 +52,17 @@ def way() -> Way:
 
 
 def multiply_packed(x: Float[Array, "*batch in"], q: QTensor) -> Float32[Array, "*batch out"] | None:
-    """x · dequantize(q)ᵀ by the kernel for few rows; None where decoding first is faster, or all there is."""
+    """x · dequantize(q)ᵀ by a kernel; None where decoding the weight first is faster, or all there is."""
     rows = x.size // x.shape[-1]
     how = way()
-    if how == "jnp" or x.dtype != jnp.bfloat16 or not 0 < rows <= FEW_ROWS or not fits(q):
+    if how == "jnp" or x.dtype != jnp.bfloat16 or rows == 0:
         return None
-    product = packed_matmul(x.reshape(rows, -1), q, interpret=how == "interpret")
-    return product.reshape(*x.shape[:-1], -1)
+    flat = x.reshape(rows, -1)
+    if how == "kernel" and on_hopper() and packed_wgmma.fits(q):
+        product = packed_wgmma.packed_matmul(flat, q) if rows <= FEW_ROWS_ON_HOPPER else None
+    else:
+        product = packed_matmul(flat, q, interpret=how == "interpret") if rows <= FEW_ROWS and fits(q) else None
+    return None if product is None else product.reshape(*x.shape[:-1], -1)
 
 
 def fake_quantize(
@@ -105,6 +111,11 @@ def override(mode: Mode) -> Iterator[None]:
 def on_cpu() -> bool:
     """Whether programs run on CPU by default, where sizes of stretches and batches are others."""
     return jax.default_backend() == "cpu"
+
+
+def on_hopper() -> bool:
+    """Whether it is one of compute capability 9.0, whose tensor cores kernels/packed_wgmma.py is for."""
+    return on_cuda() and float(jax.devices()[0].compute_capability) == 9.0
 
 
 def on_cuda() -> bool:
