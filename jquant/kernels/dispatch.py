@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxtyping import Array, Float, Float32
 
 from jquant.core import ste
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor
+from jquant.core.qtensor import QTensor, dequantize
 from jquant.core.scheme import Scheme
 from jquant.kernels import fake_quant as fused
 from jquant.kernels import packed_wgmma
@@ -52,17 +53,59 @@ def way() -> Way:
 
 
 def multiply_packed(x: Float[Array, "*batch in"], q: QTensor) -> Float32[Array, "*batch out"] | None:
-    """x · dequantize(q)ᵀ by a kernel; None where decoding the weight first is faster, or all there is."""
+    """x · dequantize(q)ᵀ by a kernel; None where decoding the weight first is faster, or all there is.
+
+    The gradient of x is that of the product; q has none. Under vmap over x all rows go into one product.
+    """
     rows = x.size // x.shape[-1]
-    how = way()
-    if how == "jnp" or x.dtype != jnp.bfloat16 or rows == 0:
+    if x.dtype != jnp.bfloat16 or rows == 0 or _kernel_for(rows, q) is None:
         return None
-    flat = x.reshape(rows, -1)
+    return _product(x.reshape(rows, -1), q).reshape(*x.shape[:-1], -1)
+
+
+def _kernel_for(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | None:
+    how = way()
     if how == "kernel" and on_hopper() and packed_wgmma.fits(q):
-        product = packed_wgmma.packed_matmul(flat, q) if rows <= FEW_ROWS_ON_HOPPER else None
-    else:
-        product = packed_matmul(flat, q, interpret=how == "interpret") if rows <= FEW_ROWS and fits(q) else None
-    return None if product is None else product.reshape(*x.shape[:-1], -1)
+        return packed_wgmma.packed_matmul if rows <= FEW_ROWS_ON_HOPPER else None
+    if how == "jnp" or rows > FEW_ROWS or not fits(q):
+        return None
+    return partial(packed_matmul, interpret=how == "interpret")
+
+
+def _decode_and_multiply(x: Array, q: QTensor) -> Array:
+    weight = dequantize(q, x.dtype)
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _product(x: Array, q: QTensor) -> Array:
+    return _batched(x, q)
+
+
+def _product_forward(x: Array, q: QTensor) -> tuple[Array, QTensor]:
+    return _batched(x, q), q
+
+
+def _product_backward(q: QTensor, cotangent: Array) -> tuple[Array, None]:
+    return jnp.matmul(cotangent.astype(jnp.bfloat16), dequantize(q, jnp.bfloat16)), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _batched(x: Array, q: QTensor) -> Array:
+    return (_kernel_for(len(x), q) or _decode_and_multiply)(x, q)
+
+
+@_batched.def_vmap
+def _batch(size: int, batched: Any, x: Array, q: QTensor) -> tuple[Array, bool]:
+    of_x, of_q = batched
+    if any(jax.tree.leaves(of_q)):  # a weight each, as experts have: one after the other
+        x = x if of_x else jnp.broadcast_to(x, (size, *x.shape))
+        stacked = jax.tree.map(lambda leaf, is_: leaf if is_ else jnp.broadcast_to(leaf, (size, *leaf.shape)), q, of_q)
+        return jax.lax.map(lambda each: _batched(*each), (x, stacked)), True
+    return _batched(x.reshape(-1, x.shape[-1]), q).reshape(size, x.shape[1], -1), True
 
 
 def fake_quantize(
