@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+import numpy as np
+from jaxtyping import Array, Float32, Int32
 
-from jquant.core.division import exact_ratio
+from jquant.core.division import exact_ratio, whole_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.qtensor import Parameters, TileRange, parameters_of_range, tile_range
@@ -74,13 +75,13 @@ def search_parameters(
         outer = scheme.scale.outer(jnp.max(span.high, axis=(-2, -1), keepdims=True), scheme.element.reach)
     plain = scheme_of_search(scheme)
 
-    count = max(1, int(config.max_shrink * config.grid))
+    count = count_of_tries(config)
     tries = min(_TOGETHER, count)
 
     def some(index: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         steps = jnp.minimum(index * tries + jnp.arange(tries), count - 1)  # the last may come twice: it changes nothing
-        factors = (1 - steps.astype(jnp.float32) / config.grid).reshape(-1, *(1,) * span.high.ndim)
-        found = parameters_of_range(_shrunk(span, factors), plain, outer=outer)
+        factors = factor_of_step(steps, config).reshape(-1, *(1,) * span.high.ndim)
+        found = parameters_of_range(shrunk(span, factors), plain, outer=outer)
         errors = _errors(tiles, importance, found, plain, config.exponent)
         here = jnp.argmin(errors, axis=0)  # of equal ones the first, which is the widest
         error = jnp.min(errors, axis=0)
@@ -89,7 +90,7 @@ def search_parameters(
 
     start = (jnp.full_like(span.high, jnp.inf), jnp.ones_like(span.high))
     _, chosen = jax.lax.fori_loop(0, -(-count // tries), some, start)
-    return parameters_of_range(_shrunk(span, chosen), scheme, outer=outer)
+    return parameters_of_range(shrunk(span, chosen), scheme, outer=outer)
 
 
 def scheme_of_search(scheme: Scheme) -> Scheme:
@@ -99,7 +100,19 @@ def scheme_of_search(scheme: Scheme) -> Scheme:
     return Scheme(element=scheme.element, granularity=scheme.granularity, scale=FloatScale())
 
 
-def _shrunk(span: TileRange, factor: Array) -> TileRange:
+def count_of_tries(config: RangeSearch) -> int:
+    """How many ranges are tried, the widest first."""
+    return max(1, int(config.max_shrink * config.grid))
+
+
+def factor_of_step(steps: Int32[Array, "..."], config: RangeSearch) -> Float32[Array, "..."]:
+    """What the range is multiplied by in each try."""
+    # Looked up: what XLA makes of a division by a constant differs in the last bit from one program to the next.
+    return jnp.asarray(1 - np.arange(count_of_tries(config), dtype=np.float32) / np.float32(config.grid))[steps]
+
+
+def shrunk(span: TileRange, factor: Float32[Array, "..."]) -> TileRange:
+    """The range times a factor."""
     return TileRange(span.high * factor, None if span.low is None else span.low * factor)
 
 
@@ -128,12 +141,10 @@ def _errors(
 
     def one(index: Array, total: Array) -> Array:
         x = jax.lax.dynamic_slice_in_dim(elements, index, 1)
-        ratio = exact_ratio(x, scale)
-        if zero is None:
-            value = scheme.element.round(ratio) * scale
+        if isinstance(scheme.element, Int):
+            value = scheme.element.clip(whole_ratio(x, scale), zero) * scale
         else:
-            assert isinstance(scheme.element, Int)
-            value = scheme.element.round(ratio, zero) * scale
+            value = scheme.element.round(exact_ratio(x, scale)) * scale
         lost = _power(jnp.abs(value - x), exponent)
         if weights is not None:
             lost = lost * jax.lax.dynamic_slice_in_dim(weights, index, 1)

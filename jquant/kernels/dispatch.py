@@ -12,21 +12,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jquant.core import ste
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor
+from jquant.core.qtensor import QTensor, dequantize
 from jquant.core.scheme import Scheme
 from jquant.kernels import fake_quant as fused
+from jquant.kernels import packed_wgmma
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
-FEW_ROWS = 128  # up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py)
+# Up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py).
+FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 2048
+
+# For programs with many products of float32: among kernels of its own XLA looks for a second a shape, and cuBLAS's
+# serve as well (the solver of 14336 × 4096 on an H200: 11.3 s to compile or 2.6; 23 ms to run or 24).
+WITHOUT_TRITON_GEMM = {"xla_gpu_enable_triton_gemm": False}
 
 Mode = Literal["auto", "jnp", "interpret"]
 Way = Literal["jnp", "kernel", "interpret"]
@@ -45,25 +53,90 @@ def way() -> Way:
 
 
 def multiply_packed(x: Float[Array, "*batch in"], q: QTensor) -> Float32[Array, "*batch out"] | None:
-    """x · dequantize(q)ᵀ by the kernel for few rows; None where decoding first is faster, or all there is."""
+    """x · dequantize(q)ᵀ by a kernel; None where decoding the weight first is faster, or all there is.
+
+    The gradient of x is that of the product; q has none. Under vmap over x all rows go into one product.
+    """
     rows = x.size // x.shape[-1]
-    how = way()
-    if how == "jnp" or x.dtype != jnp.bfloat16 or not 0 < rows <= FEW_ROWS or not fits(q):
+    if x.dtype != jnp.bfloat16 or rows == 0 or _kernel_for(rows, q) is None:
         return None
-    product = packed_matmul(x.reshape(rows, -1), q, interpret=how == "interpret")
-    return product.reshape(*x.shape[:-1], -1)
+    return _product(x.reshape(rows, -1), q).reshape(*x.shape[:-1], -1)
 
 
-def fake_quantize(x: Float[Array, "*batch out in"], scheme: Scheme) -> Float[Array, "*batch out in"]:
-    """`core.ste.fake_quantize` with its clipped gradient, by the kernel where there is one.
+def _kernel_for(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | None:
+    how = way()
+    if how == "kernel" and on_hopper() and packed_wgmma.fits(q):
+        return packed_wgmma.packed_matmul if rows <= FEW_ROWS_ON_HOPPER else None
+    if how == "jnp" or rows > FEW_ROWS or not fits(q):
+        return None
+    return partial(packed_matmul, interpret=how == "interpret")
 
-    For rounding by itself. Layers in training do not use it: there XLA joins the rounding with the cast from float32
-    masters and with what follows, and a step with the kernel took 1.09 times the plain one, without it 1.04 (H100).
+
+def _decode_and_multiply(x: Array, q: QTensor) -> Array:
+    weight = dequantize(q, x.dtype)
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _product(x: Array, q: QTensor) -> Array:
+    return _batched(x, q)
+
+
+def _product_forward(x: Array, q: QTensor) -> tuple[Array, QTensor]:
+    return _batched(x, q), q
+
+
+def _product_backward(q: QTensor, cotangent: Array) -> tuple[Array, None]:
+    return jnp.matmul(cotangent.astype(jnp.bfloat16), dequantize(q, jnp.bfloat16)), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _batched(x: Array, q: QTensor) -> Array:
+    return (_kernel_for(len(x), q) or _decode_and_multiply)(x, q)
+
+
+@_batched.def_vmap
+def _batch(size: int, batched: Any, x: Array, q: QTensor) -> tuple[Array, bool]:
+    of_x, of_q = batched
+    if any(jax.tree.leaves(of_q)):  # a weight each, as experts have: one after the other
+        x = x if of_x else jnp.broadcast_to(x, (size, *x.shape))
+        stacked = jax.tree.map(lambda leaf, is_: leaf if is_ else jnp.broadcast_to(leaf, (size, *leaf.shape)), q, of_q)
+        return jax.lax.map(lambda each: _batched(*each), (x, stacked)), True
+    return _batched(x.reshape(-1, x.shape[-1]), q).reshape(size, x.shape[1], -1), True
+
+
+def fake_quantize(
+    x: Float[Array, "..."],
+    scheme: Scheme,
+    *,
+    gradient: ste.GradientRule | None = None,
+    axis: fused.Axis = -1,
+    dtype: DTypeLike | None = None,
+    keep: fused.Keep = "input",
+) -> Float[Array, "..."]:
+    """`core.ste.fake_quantize`, by the kernel where there is one.
+
+    Args:
+        x: [..., out, in], or [..., in, out] where the axis is −2.
+        scheme: of x; static under jit.
+        gradient: as there; a rule of one's own is never the kernel's.
+        axis: of the inputs.
+        dtype: of the result, rounded once from float32; by default that of x.
+        keep: see `kernels.fake_quant.fake_quantize`.
     """
     how = way()
-    if how == "jnp" or not fused.fits(scheme, x.shape, x.dtype):
-        return ste.fake_quantize(x, scheme)
-    return fused.fake_quantize(x, scheme, clipped=ste.clips(scheme), interpret=how == "interpret")
+    gradient = ste.clipped_ste if gradient is None else gradient
+    if how != "jnp" and gradient in (ste.clipped_ste, ste.ste) and fused.fits(scheme, x.shape, x.dtype, axis):
+        clipped = gradient is ste.clipped_ste and ste.clips(scheme)
+        return fused.fake_quantize(
+            x, scheme, clipped=clipped, axis=axis, dtype=dtype, keep=keep, interpret=how == "interpret"
+        )
+    turned = x if axis == -1 else x.swapaxes(-1, -2)
+    value = ste.fake_quantize(turned, scheme, gradient=gradient, keep="mask" if keep == "input" else "input")
+    return (value if axis == -1 else value.swapaxes(-1, -2)).astype(x.dtype if dtype is None else dtype)
 
 
 @contextlib.contextmanager
@@ -81,6 +154,11 @@ def override(mode: Mode) -> Iterator[None]:
 def on_cpu() -> bool:
     """Whether programs run on CPU by default, where sizes of stretches and batches are others."""
     return jax.default_backend() == "cpu"
+
+
+def on_hopper() -> bool:
+    """Whether it is one of compute capability 9.0, whose tensor cores kernels/packed_wgmma.py is for."""
+    return on_cuda() and float(jax.devices()[0].compute_capability) == 9.0
 
 
 def on_cuda() -> bool:

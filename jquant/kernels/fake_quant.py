@@ -2,128 +2,187 @@
 
     s = amax / reach,   y = clip(round(x / s), lowest, highest)·s        bit for bit as core/ste.py
 
-XLA reads the input twice, or holds a float32 copy of it. Integers without zero points, groups of neighbours along the
-last axis, float32 scales: what training uses most; all else stays with XLA.
+XLA reads the input twice, or holds a float32 copy of it. Integers without zero points, groups of neighbours along one
+of the last two axes, float32 scales: what training uses most; all else stays with XLA.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from jquant.core.division import whole_ratio as core_whole_ratio
 from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
-from jquant.core.ste import Keep
 from jquant.kernels.rounding import whole_ratio
 
+Axis = Literal[-1, -2]
+Keep = Literal["input", "scale"]
 _ELEMENTS, _WARPS = 4096, 8  # of a program; on an H100 as fast as a copy
 
 
-def fits(scheme: Scheme, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
-    """Whether the kernel does this scheme on an array [..., in]."""
+class Plan(NamedTuple):
+    """What is static."""
+
+    scheme: Scheme
+    clipped: bool  # the gradient is 0 where x was clipped
+    axis: Axis
+    dtype: DTypeLike  # of the result
+    keep: Keep
+    interpret: bool
+
+
+def fits(scheme: Scheme, shape: tuple[int, ...], dtype: DTypeLike, axis: Axis = -1) -> bool:
+    """Whether the kernel does this scheme on an array [..., out, in], or [..., in, out] where the axis is −2."""
     element = scheme.element
     if not isinstance(element, Int) or scheme.zero_point != "none" or scheme.scale != FloatScale():
         return False
     if not isinstance(scheme.granularity, Group | Channel | Token) or dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    group = scheme.tile(1, shape[-1])[1]
-    return shape[-1] % group == 0 and 32 <= group <= 8192 and group & (group - 1) == 0
+    inputs = shape[axis]
+    group = scheme.tile(1, inputs)[1]
+    if inputs % group or group & (group - 1):
+        return False
+    return 32 <= group <= 8192 if axis == -1 else 8 <= group <= 256 and shape[-1] % _columns(group) == 0
 
 
 def fake_quantize(
-    x: Float[Array, "*batch in"], scheme: Scheme, *, clipped: bool = True, keep: Keep = "input", interpret: bool = False
-) -> Float[Array, "*batch in"]:
-    """dequantize(quantize(x, scheme)) in the dtype of x, with a straight-through gradient.
+    x: Float[Array, "..."],
+    scheme: Scheme,
+    *,
+    clipped: bool = True,
+    axis: Axis = -1,
+    dtype: DTypeLike | None = None,
+    keep: Keep = "input",
+    interpret: bool = False,
+) -> Float[Array, "..."]:
+    """dequantize(quantize(x, scheme)) with a straight-through gradient.
 
     Args:
-        x: `fits(scheme, x.shape, x.dtype)` must hold.
+        x: [..., out, in], or [..., in, out] where the axis is −2; `fits` must hold for it.
+        scheme: its groups lie along the axis.
         clipped: the gradient is 0 where x was clipped.
-        keep: what tells the gradient where: a `mask` of a byte an element, or the `input` itself.
+        axis: of the inputs.
+        dtype: of the result, rounded once from float32; by default that of x.
+        keep: how the gradient knows where: the `input` goes through a kernel again, or its `scale` is kept and XLA
+            joins the comparison with what reads the gradient, as with an optimizer's step, which has x at hand.
         interpret: run the kernel's operations one by one, on any platform.
     """
-    return _fake_quantize(scheme, clipped, keep, interpret, x)
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    return _fake_quantize(Plan(scheme, clipped, axis, dtype, keep, interpret), x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _fake_quantize(scheme: Scheme, clipped: bool, keep: Keep, interpret: bool, x: Array) -> Array:
-    return _by_groups(partial(_forward, scheme.element), (x,), scheme, (x.dtype,), interpret)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fake_quantize(plan: Plan, x: Array) -> Array:
+    return _over_groups(_forward, (x,), plan, (plan.dtype,))[0]
 
 
-def _keep(scheme: Scheme, clipped: bool, keep: Keep, interpret: bool, x: Array) -> tuple[Array, Array | None]:
-    if not clipped or keep == "input":
-        return _fake_quantize(scheme, clipped, keep, interpret, x), x if clipped else None
-    value, mask = _by_groups(partial(_forward, scheme.element), (x,), scheme, (x.dtype, jnp.uint8), interpret)
-    return value, mask
+def _keep(plan: Plan, x: Array) -> tuple[Array, tuple[Array, ...]]:
+    if not plan.clipped or plan.keep == "input":
+        return _fake_quantize(plan, x), (x,)
+    value, scale = _over_groups(_forward, (x,), plan, (plan.dtype,), with_scale=True)
+    return value, (x, scale)
 
 
-def _pull(
-    scheme: Scheme, clipped: bool, keep: Keep, interpret: bool, kept: Array | None, cotangent: Array
-) -> tuple[Array]:
-    if kept is None:
-        return (cotangent,)
-    if keep == "mask":
-        return (jnp.where(kept == 1, cotangent, jnp.zeros((), cotangent.dtype)),)
-    kernel = partial(_backward, scheme.element)
-    return (_by_groups(kernel, (kept, cotangent), scheme, (cotangent.dtype,), interpret)[0],)
+def _pull(plan: Plan, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array]:
+    x = kept[0]
+    if not plan.clipped:
+        return (cotangent.astype(x.dtype),)
+    if plan.keep == "input":
+        return (_over_groups(_backward, (x, cotangent), plan, (x.dtype,))[0],)
+    element, axis, scale = plan.scheme.element, plan.axis, kept[1]
+    assert isinstance(element, Int), "`fits` refuses others"
+    groups = scale.shape[axis]
+    # Groups along an axis of their own, so that the reciprocal of a scale is taken once a group.
+    tiles = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[len(x.shape) + axis + 1 :])
+    in_range = element.holds(core_whole_ratio(tiles.astype(jnp.float32), jnp.expand_dims(scale, axis % x.ndim + 1)))
+    return (jnp.where(in_range.reshape(x.shape), cotangent.astype(x.dtype), jnp.zeros((), x.dtype)),)
 
 
 _fake_quantize.defvjp(_keep, _pull)
 
 
-def _by_groups(
-    kernel: Any, operands: tuple[Array, ...], scheme: Scheme, dtypes: tuple[Any, ...], interpret: bool
+def _over_groups(
+    kernel: Any, operands: tuple[Array, ...], plan: Plan, dtypes: tuple[Any, ...], *, with_scale: bool = False
 ) -> list[Array]:
+    """Runs the kernel on all groups; with a scale of each as the last result, where asked for."""
     from jax.experimental import pallas as pl
 
     shape = operands[0].shape
-    group = scheme.tile(1, shape[-1])[1]
-    rows = operands[0].size // group
-    tile = min(max(1, _ELEMENTS // group), 1 << (rows - 1).bit_length())
-    flat = [each.reshape(rows, group) for each in operands]
-    padded = -(-rows // tile) * tile
-    if padded != rows:
-        flat = [jnp.pad(each, ((0, padded - rows), (0, 0))) for each in flat]
-    spec = pl.BlockSpec((tile, group), lambda i: (i, 0))
+    inputs = shape[plan.axis]
+    group = plan.scheme.tile(1, inputs)[1]
+    if plan.axis == -1:
+        rows, tile = _rows(operands[0].size // group, group)
+        folded, block, scales, grid = (rows, group), (tile, group), (rows, 1), (rows // tile,)
+        flat = [jnp.pad(x.reshape(-1, group), ((0, rows - x.size // group), (0, 0))) for x in operands]
+    else:
+        folded = (operands[0].size // group // shape[-1], group, shape[-1])
+        block, scales = (None, group, _columns(group)), (folded[0], 1, shape[-1])
+        grid = (folded[0], shape[-1] // _columns(group))
+        flat = [x.reshape(folded) for x in operands]
+    line = tuple(1 if whole == 1 else size for whole, size in zip(scales, block, strict=True))
+
+    def spec(of: tuple[int | None, ...]) -> Any:
+        # Blocks of a grid over rows, or over stretches of inputs and columns.
+        return pl.BlockSpec(of, (lambda i: (i, 0)) if plan.axis == -1 else (lambda i, j: (i, 0, j)))
+
+    results = [(folded, block, dtype) for dtype in dtypes] + ([(scales, line, jnp.float32)] if with_scale else [])
     found = pl.pallas_call(
-        kernel,
-        grid=(padded // tile,),
-        in_specs=[spec] * len(flat),
-        out_specs=[spec] * len(dtypes),
-        out_shape=[jax.ShapeDtypeStruct((padded, group), dtype) for dtype in dtypes],
-        interpret=interpret,
+        partial(kernel, plan.scheme.element, 1 if plan.axis == -1 else 0),
+        grid=grid,
+        in_specs=[spec(block)] * len(flat),
+        out_specs=[spec(of) for _, of, _ in results],
+        out_shape=[jax.ShapeDtypeStruct(whole, dtype) for whole, _, dtype in results],
+        interpret=plan.interpret,
         name="fake_quantize",
-        **_options(interpret),
+        **_options(plan.interpret),
     )(*flat)
-    return [each[:rows].reshape(shape) for each in found]
+    if plan.axis == -1:
+        found = [each[: operands[0].size // group] for each in found]
+    lead = shape[:-1] if plan.axis == -1 else shape[:-2]
+    ends = [(inputs,) if plan.axis == -1 else (inputs, shape[-1])] * len(dtypes)
+    ends += [(inputs // group,) if plan.axis == -1 else (inputs // group, shape[-1])] * with_scale
+    return [each.reshape(*lead, *end) for each, end in zip(found, ends, strict=True)]
 
 
-def _forward(element: Any, x: Any, out: Any, mask: Any = None) -> None:
+def _rows(count: int, group: int) -> tuple[int, int]:
+    """Groups with padding, and those of a program."""
+    tile = min(max(1, _ELEMENTS // group), 1 << (count - 1).bit_length())
+    return -(-count // tile) * tile, tile
+
+
+def _columns(group: int) -> int:
+    """Of a program, where groups lie in columns."""
+    return max(32, _ELEMENTS // group)
+
+
+def _forward(element: Any, axis: int, x: Any, out: Any, scale_out: Any = None) -> None:
     values = x[...].astype(jnp.float32)
-    scale = _scale(values, element)
+    scale = _scale(values, element, axis)
     low, high = element.lowest_code - element.offset, element.highest_code - element.offset
-    whole = whole_ratio(values, scale, 1 / scale)
-    out[...] = (jnp.clip(whole, low, high) * scale).astype(out.dtype)
-    if mask is not None:
-        mask[...] = ((whole >= low) & (whole <= high)).astype(jnp.uint8)
+    out[...] = (jnp.clip(whole_ratio(values, scale, 1 / scale), low, high) * scale).astype(out.dtype)
+    if scale_out is not None:
+        scale_out[...] = scale
 
 
-def _backward(element: Any, x: Any, cotangent: Any, out: Any) -> None:
+def _backward(element: Any, axis: int, x: Any, cotangent: Any, out: Any) -> None:
     values = x[...].astype(jnp.float32)
-    scale = _scale(values, element)
+    scale = _scale(values, element, axis)
     whole = whole_ratio(values, scale, 1 / scale)
     low, high = element.lowest_code - element.offset, element.highest_code - element.offset
-    out[...] = jnp.where((whole >= low) & (whole <= high), cotangent[...], jnp.zeros((), out.dtype))
+    given = cotangent[...].astype(out.dtype)
+    out[...] = jnp.where((whole >= low) & (whole <= high), given, jnp.zeros((), out.dtype))
 
 
-def _scale(values: Float32[Array, "rows group"], element: Int) -> Float32[Array, "rows 1"]:
-    """amax / reach, correctly rounded; 1 for a group of zeros."""
-    largest = jnp.max(jnp.abs(values), axis=1, keepdims=True)
+def _scale(values: Float32[Array, "..."], element: Int, axis: int) -> Float32[Array, "..."]:
+    """amax / reach along the axis, which stays with a length of 1, correctly rounded; 1 for a group of zeros."""
+    largest = jnp.max(jnp.abs(values), axis=axis, keepdims=True)
     found = _divide_by_reach(largest, element)
     return jnp.where(found < SMALLEST_SCALE, jnp.float32(1), found)
 

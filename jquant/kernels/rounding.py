@@ -28,13 +28,14 @@ def whole_ratio(numerator: Array, divisor: Array, inverse: Array) -> Array:
 def nearest_code(y: Array, element: Element) -> tuple[Array, Array]:
     """`element.encode(y)` as int32, and `element.round(y)`; floats, and codebooks of up to 16 levels."""
     if isinstance(element, Float):
-        return element.nearest(y, _to_whole)
+        return element.nearest(y, to_whole)
     assert isinstance(element, Codebook), "`fits` refuses others"
     codes = np.arange(len(element.values), dtype=np.float32)
     code = select_by_order(y, element.midpoints(), codes)
     return code.astype(jnp.int32), select_by_order(y, element.midpoints(), element.levels())
 
 
-def _to_whole(y: Array) -> Array:
+def to_whole(y: Array) -> Array:
+    """Rounded to a whole number, half to even, for |y| < 1024; beyond, 1024."""
     # Clipped in between, or XLA cancels it.
     return jnp.clip(y + jnp.float32(_UNITS), _UNITS - 1024, _UNITS + 1024) - jnp.float32(_UNITS)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -20,10 +17,7 @@ from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Context, Decoder, step_context
-from jquant.nn.mesh import axis_size, mesh_of
-from jquant.nn.placement import CUTTING
-
-Leaves = tuple[Array, ...]
+from jquant.models.split import Leaves, ModuleParts, Split, cache_place, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,74 +69,18 @@ def _generate(
     model: Decoder, prompt: np.ndarray, max_tokens: int, sampling: Sampling, stop_ids: tuple[int, ...]
 ) -> Iterator[int]:
     capacity = _round_up(len(prompt) + max_tokens, 256)
-    split, caches = _split(model), _empty_caches(model, capacity)
+    parts, caches = split(model), _empty_caches(model, capacity)
     key, rule = jax.random.key(sampling.seed), dataclasses.replace(sampling, seed=0)  # one program for all seeds
-    hidden, caches = _feed_prompt(split, prompt, caches, capacity)
+    hidden, caches = _feed_prompt(parts, prompt, caches, capacity)
     for count in range(max_tokens):
-        chosen = _next(split.head.module, split.head.leaves, hidden, key, jnp.int32(count), rule)
+        chosen = _next(parts.head.module, parts.head.leaves, hidden, key, jnp.int32(count), rule)
         token = int(chosen)
         if token in stop_ids:
             return
         yield token
         if count + 1 < max_tokens:
-            states, caches = _advance(split, chosen[None, None], len(prompt) + count, caches, capacity)
+            states, caches = _advance(parts, chosen[None, None], len(prompt) + count, caches, capacity)
             hidden = states[:, -1]
-
-
-class _Module(NamedTuple):
-    """The static side of a module; hashable."""
-
-    graphdef: nnx.GraphDef
-    tree: Any  # of its state
-
-    def merge(self, leaves: Leaves) -> Any:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.tree, leaves))
-
-
-class _Part(NamedTuple):
-    """What is compiled, and what it is given: plain arrays, because states take Python long to flatten."""
-
-    module: Any  # a _Module, or several
-    leaves: Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Split:
-    """A decoder taken apart once: its parts are run for every token."""
-
-    config: ModelConfig
-    embed: _Part
-    runs: tuple[_Part, ...]  # of neighbouring blocks: tuples of both
-    head: _Part
-    cache_place: NamedSharding | None  # of keys and values, on a mesh
-
-
-def _split(model: Decoder) -> _Split:
-    blocks = [_part(block) for block in model.blocks]
-    cuts = np.linspace(0, len(blocks), -(-len(blocks) // _run_length()) + 1).astype(int)
-    runs = [blocks[start:end] for start, end in itertools.pairwise(cuts)]
-    return _Split(
-        config=model.config,
-        embed=_part(model.embed),
-        runs=tuple(_Part(tuple(b.module for b in run), tuple(b.leaves for b in run)) for run in runs),
-        head=_part(model.head),
-        cache_place=cache_place(model),
-    )
-
-
-def _part(module: nnx.Module) -> _Part:
-    graphdef, state = nnx.split(module)
-    leaves, tree = jax.tree.flatten(state)
-    return _Part(_Module(graphdef, tree), tuple(leaves))
-
-
-def _run_length() -> int:
-    """Blocks in one program. To start a program takes a host longer than a GPU computes a token in a block.
-
-    On an H100, SmolLM2's token took 10.9 ms in runs of 1, 8.2 in runs of 5, and 8.0 in one program of all 30, which
-    takes 9 s to compile where runs of 5 take 2.5; on CPU one block a program is as fast as any.
-    """
-    return 1 if on_cpu() else 5
 
 
 def prompt_chunk() -> int:
@@ -151,7 +89,7 @@ def prompt_chunk() -> int:
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def _next(head: _Module, leaves: Leaves, hidden: Array, key: Array, count: Array, rule: Sampling) -> Array:
+def _next(head: ModuleParts, leaves: Leaves, hidden: Array, key: Array, count: Array, rule: Sampling) -> Array:
     """The token that `choose` takes after the last hidden state [1, hidden]."""
     logits = head.merge(leaves)(hidden)[0]
     return choose(logits, jax.random.fold_in(key, count), rule).astype(jnp.int32)
@@ -200,25 +138,14 @@ def _empty_caches(model: Decoder, capacity: int) -> list[Cache]:
     return [Cache(empty(), empty(), jnp.zeros((), jnp.int32, device=length)) for _ in model.blocks]
 
 
-def cache_place(model: Decoder) -> NamedSharding | None:
-    """Where keys and values [batch, heads, …] lie: heads as the rows of the layers that make them; None off a mesh."""
-    mesh, heads = mesh_of(model), model.config.num_kv_heads
-    if mesh is None:
-        return None
-    fitting = [axes for axes in (CUTTING, *((axis,) for axis in CUTTING)) if heads % axis_size(mesh, *axes) == 0]
-    largest = max(fitting, key=lambda axes: axis_size(mesh, *axes), default=())
-    there = tuple(axis for axis in largest if axis_size(mesh, axis) > 1)
-    return NamedSharding(mesh, PartitionSpec(None, there) if there else PartitionSpec())
-
-
-def _feed_prompt(split: _Split, prompt: np.ndarray, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
+def _feed_prompt(parts: Split, prompt: np.ndarray, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
     """The state after the last prompt token. The last piece is padded; what that wrote is overwritten or masked."""
     states, chunk = None, prompt_chunk()
     for start in range(0, len(prompt), chunk):
         piece = prompt[start : start + chunk]
         if len(prompt) > 1:
             piece = np.pad(piece, (0, min(chunk, capacity - start) - len(piece)))
-        states, caches = _advance(split, jnp.asarray(piece)[None], start, caches, capacity)
+        states, caches = _advance(parts, jnp.asarray(piece)[None], start, caches, capacity)
     assert states is not None
     last = (len(prompt) - 1) % chunk
     # Each its own array: a cache is donated whole.
@@ -226,21 +153,21 @@ def _feed_prompt(split: _Split, prompt: np.ndarray, caches: list[Cache], capacit
     return states[:, last], caches
 
 
-def _advance(split: _Split, tokens: Array, start: int, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
+def _advance(parts: Split, tokens: Array, start: int, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
     """States [1, tokens, hidden] of tokens from position `start` on."""
-    embed = split.embed
-    x, contexts = _embed(embed.module, split.config, capacity, embed.leaves, tokens, jnp.int32(start))
-    windowed, updated = split.config.is_windowed(), []
-    for run in split.runs:
+    embed = parts.embed
+    x, contexts = _embed(embed.module, parts.config, capacity, embed.leaves, tokens, jnp.int32(start))
+    windowed, updated = parts.config.is_windowed(), []
+    for run in parts.runs:
         here = slice(len(updated), len(updated) + len(run.leaves))
-        x, after = _step(run.module, windowed[here], run.leaves, x, contexts, tuple(caches[here]), split.cache_place)
+        x, after = _step(run.module, windowed[here], run.leaves, x, contexts, tuple(caches[here]), parts.cache_place)
         updated += after
     return x, updated
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _embed(
-    embed: _Module, config: ModelConfig, capacity: int, leaves: Leaves, tokens: Array, start: Array
+    embed: ModuleParts, config: ModelConfig, capacity: int, leaves: Leaves, tokens: Array, start: Array
 ) -> tuple[Array, dict[bool, Context]]:
     """Embedded tokens, and the contexts of blocks that are windowed and of those that are not."""
     contexts = {
@@ -252,7 +179,7 @@ def _embed(
 
 @partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=5)
 def _step(
-    blocks: tuple[_Module, ...],
+    blocks: tuple[ModuleParts, ...],
     windowed: tuple[bool, ...],
     leaves: tuple[Leaves, ...],
     x: Array,

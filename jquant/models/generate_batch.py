@@ -12,7 +12,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array
 
 from jquant.core.errors import InputError
@@ -20,8 +19,8 @@ from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Decoder, step_context
 from jquant.models.generate import prompt_chunk
+from jquant.models.split import Leaves, ModuleParts, Split, split
 from jquant.nn.placement import fetched
-from jquant.nn.protocol import apply
 
 _STEP = 256  # capacities are multiples of it
 
@@ -58,15 +57,22 @@ def generate_batch(
             )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # neighbours need like capacities
     found: dict[int, list[int]] = {}
+    parts = split(model)
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
-        new = _one_batch(model, [prompts[index] for index in chosen], max_tokens, chosen, stop, rows)
+        new = _one_batch(model, parts, [prompts[index] for index in chosen], max_tokens, chosen, stop, rows)
         found |= dict(zip(chosen, new, strict=True))
     return [found[index] for index in range(len(prompts))]
 
 
 def _one_batch(
-    model: Decoder, prompts: list[Sequence[int]], max_tokens: int, names: Sequence[int], stop: Stop, rows: int
+    model: Decoder,
+    parts: Split,
+    prompts: list[Sequence[int]],
+    max_tokens: int,
+    names: Sequence[int],
+    stop: Stop,
+    rows: int,
 ) -> list[list[int]]:
     lengths = np.asarray([*map(len, prompts), *[1] * (rows - len(prompts))], np.int32)
     capacity = -(-(int(lengths.max()) + max_tokens) // _STEP) * _STEP
@@ -78,13 +84,13 @@ def _one_batch(
     last = jnp.zeros((rows, model.config.hidden_size), model.embed.weight.get_value().dtype)
     for start in range(0, tokens.shape[1], chunk):
         piece = jnp.asarray(tokens[:, start : min(start + chunk, capacity)])
-        hidden, caches = _advance(model, piece, jnp.full(rows, start, jnp.int32), caches, capacity)
+        hidden, caches = _advance(parts, piece, jnp.full(rows, start, jnp.int32), caches, capacity)
         last = _last_states(last, hidden, jnp.asarray(lengths - 1 - start))
     # What the padding wrote lies behind each row's length: it is masked until a new token takes its place.
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for count in range(max_tokens):
-        chosen = fetched(_most_likely(apply(model.head, last)))
+        chosen = fetched(_most_likely(parts.head.module, parts.head.leaves, last))
         for row in tuple(running):
             new[row].append(int(chosen[row]))
             if stop(names[row], new[row]):
@@ -92,12 +98,9 @@ def _one_batch(
         if not running or count + 1 == max_tokens:
             break
         place = jnp.asarray(lengths + count)
-        hidden, caches = _advance(model, jnp.asarray(chosen)[:, None], place, caches, capacity)
+        hidden, caches = _advance(parts, jnp.asarray(chosen)[:, None], place, caches, capacity)
         last = hidden[:, -1]
     return new
-
-
-_most_likely = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 @jax.jit
@@ -115,41 +118,53 @@ def _empty_caches(model: Decoder, rows: int, capacity: int) -> list[Cache]:
 
 
 def _advance(
-    model: Decoder, tokens: Array, starts: Array, caches: list[Cache], capacity: int
+    parts: Split, tokens: Array, starts: Array, caches: list[Cache], capacity: int
 ) -> tuple[Array, list[Cache]]:
     """States of `tokens`, row r's standing from starts[r] on, and the caches with them."""
-    graphdef, state = nnx.split(model.embed)
-    x, updated = _embed(graphdef, state, tokens, starts), []
-    for block, windowed, cache in zip(model.blocks, model.config.is_windowed(), caches, strict=True):
-        graphdef, state = nnx.split(block)
-        x, cache = _step(graphdef, model.config, capacity, windowed, state, x, starts, cache)
-        updated.append(cache)
+    x, updated = _embed(parts.embed.module, parts.embed.leaves, tokens, starts), []
+    windowed = parts.config.is_windowed()
+    for run in parts.runs:
+        here = slice(len(updated), len(updated) + len(run.leaves))
+        x, after = _step(run.module, parts.config, capacity, windowed[here], run.leaves, x, starts, tuple(caches[here]))
+        updated += after
     return x, updated
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(graphdef: nnx.GraphDef, state: nnx.State, tokens: Array, starts: Array) -> Array:
-    return jax.vmap(lambda row, start: nnx.merge(graphdef, state)(row, start))(tokens, starts)
+def _embed(embed: ModuleParts, leaves: Leaves, tokens: Array, starts: Array) -> Array:
+    return jax.vmap(lambda row, start: embed.merge(leaves)(row, start))(tokens, starts)
+
+
+@partial(jax.jit, static_argnums=0)
+def _most_likely(head: ModuleParts, leaves: Leaves, hidden: Array) -> Array:
+    return jnp.argmax(head.merge(leaves)(hidden), axis=-1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=7)
 def _step(
-    graphdef: nnx.GraphDef,
+    blocks: tuple[ModuleParts, ...],
     config: ModelConfig,
     capacity: int,
-    windowed: bool,
-    state: nnx.State,
+    windowed: tuple[bool, ...],
+    leaves: tuple[Leaves, ...],
     x: Array,
     starts: Array,
-    cache: Cache,
-) -> tuple[Array, Cache]:
-    """One block, its rows independent but for the weights, which all share."""
+    caches: tuple[Cache, ...],
+) -> tuple[Array, list[Cache]]:
+    """Some blocks, one after the other, their rows independent but for the weights, which all share."""
+    after = []
+    for block, kind, arrays, cache in zip(blocks, windowed, leaves, caches, strict=True):
 
-    def one_row(x: Array, start: Array, cache: Cache) -> tuple[Array, Cache]:
-        context = step_context(config, start, x.shape[0], capacity, windowed)
-        y, after = nnx.merge(graphdef, state).step(x[None], context, cache._replace(length=start))
-        return y[0], after
+        def one_row(
+            x: Array, start: Array, cache: Cache, block: ModuleParts = block, kind: bool = kind, arrays: Leaves = arrays
+        ) -> tuple[Array, Cache]:
+            context = step_context(config, start, x.shape[0], capacity, kind)
+            y, after = block.merge(arrays).step(x[None], context, cache._replace(length=start))
+            return y[0], after
 
-    if config.num_experts:  # ragged products have no vmap
-        return jax.lax.map(lambda row: one_row(*row), (x, starts, cache))
-    return jax.vmap(one_row)(x, starts, cache)
+        if config.num_experts:  # ragged products have no vmap
+            x, cache = jax.lax.map(lambda row, one_row=one_row: one_row(*row), (x, starts, cache))
+        else:
+            x, cache = jax.vmap(one_row)(x, starts, cache)
+        after.append(cache)
+    return x, after

@@ -48,6 +48,18 @@ def replay_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -
     return _replay_output(graphdef, state, arguments, dict(replay))
 
 
+def traced_capture(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs) -> Any:
+    """The program of `capture`, to be compiled beforehand; what is replayed may be abstract."""
+    graphdef, state = nnx.split(module)
+    return _capture.trace(graphdef, tuple(paths), state, arguments, dict(replay))
+
+
+def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -> Any:
+    """That of `replay_output`."""
+    graphdef, state = nnx.split(module)
+    return _replay_output.trace(graphdef, state, arguments, dict(replay))
+
+
 def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments) -> tuple[tuple[Path, ...], ...]:
     """The paths in the order of their first call; those that read the very same arrays stand together.
 

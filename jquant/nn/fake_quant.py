@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jquant.core.errors import InputError
@@ -22,7 +23,8 @@ from jquant.core.qtensor import QTensor, choose_parameters, quantize, to_tiles
 from jquant.core.range_search import search_parameters
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.ste import clipped_ste, fake_quantize, ste
-from jquant.kernels.dispatch import on_cpu
+from jquant.kernels import dispatch
+from jquant.kernels.fake_quant import Axis
 from jquant.nn.rounded_input import check_input_scheme, matrix_of_inputs
 from jquant.nn.w8a8 import static_parameters
 
@@ -90,15 +92,29 @@ class WeightQuantizer(FakeQuantModule):
         self.log_scale = None if trained[0] is None else FakeQuantParam(jnp.log2(trained[0]))
         self.zero_point = None if trained[1] is None else FakeQuantParam(trained[1])
 
-    def __call__(self, matrix: Float[Array, "*stack out in"]) -> Float[Array, "*stack out in"]:
-        """Ŵ in the dtype of W; W itself while not enabled."""
+    def __call__(
+        self, matrix: Float[Array, "..."], *, axis: Axis = -1, dtype: DTypeLike | None = None
+    ) -> Float[Array, "..."]:
+        """Ŵ; W itself while not enabled.
+
+        Args:
+            matrix: W[..., out, in], or W[..., in, out] where the axis is −2.
+            axis: of the inputs.
+            dtype: of Ŵ; by default that of W.
+        """
         if not self.enabled:
-            return matrix
+            return matrix if dtype is None else matrix.astype(dtype)
+        if self.log_scale is None and self.rngs is None:
+            rule = _STRAIGHT[self.gradient]
+            return dispatch.fake_quantize(matrix, self.scheme, gradient=rule, axis=axis, dtype=dtype, keep="scale")
+        turned = matrix if axis == -1 else matrix.swapaxes(-1, -2)
         if self.log_scale is not None:
             scale, zero = self.parameters()
-            return fake_quantize_learned(matrix, scale, self.scheme, zero_point=zero)
-        key = None if self.rngs is None else self.rngs()
-        return fake_quantize(matrix, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
+            value = fake_quantize_learned(turned, scale, self.scheme, zero_point=zero)
+        else:
+            key = None if self.rngs is None else self.rngs()
+            value = fake_quantize(turned, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
+        return (value if axis == -1 else value.swapaxes(-1, -2)).astype(matrix.dtype if dtype is None else dtype)
 
     def quantize(self, matrix: Float[Array, "*stack out in"]) -> QTensor:
         """The packed weight whose values are Ŵ, to nearest."""
@@ -180,7 +196,7 @@ class InputQuantizer(FakeQuantModule):
         rows = matrix_of_inputs(x, self.scheme)
         if self.seen is None:
             # A byte an element costs a GPU least memory; on CPU masks are slow, and steps took 6 % longer with them.
-            keep = "input" if on_cpu() else "mask"
+            keep = "input" if dispatch.on_cpu() else "mask"
             quantized = fake_quantize(rows, self.scheme, gradient=_STRAIGHT[self.gradient], keep=keep)
         elif self.gradient == "pact":
             self._check_calibrated()

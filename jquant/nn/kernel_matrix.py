@@ -74,6 +74,18 @@ def to_matrix(layer: nnx.Module, kernel: Float[Array, "..."]) -> Float[Array, "*
     return moved.reshape(*moved.shape[:stacked], math.prod(sizes[: len(axes.out)]), math.prod(sizes[len(axes.out) :]))
 
 
+def inputs_first(layer: nnx.Module, kernel: Float[Array, "..."]) -> Float[Array, "*stack in out"] | None:
+    """The weight as a matrix whose inputs come first, where it is one already and nothing has to be moved."""
+    axes = kernel_axes(layer)
+    lead = kernel.ndim - sum(map(len, axes))
+    order = (*axes.stack, *axes.inner, *axes.out)
+    if order != tuple(range(len(order))):
+        return None
+    sizes = kernel.shape[lead + len(axes.stack) :]
+    inner = math.prod(sizes[: len(axes.inner)])
+    return kernel.reshape(*kernel.shape[: lead + len(axes.stack)], inner, math.prod(sizes[len(axes.inner) :]))
+
+
 def from_matrix(
     layer: nnx.Module, matrix: Float[Array, "*stack out in"], shape: tuple[int, ...]
 ) -> Float[Array, "..."]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import Token
 from jquant.nn.fake_quant import FakeQuantModule, InputQuantizer, WeightQuantizer
-from jquant.nn.kernel_matrix import from_matrix, to_matrix, weight_name
+from jquant.nn.kernel_matrix import from_matrix, inputs_first, to_matrix, weight_name
 from jquant.nn.linear import ExpertLinear, Linear, grouped_matmul_transposed, matmul_transposed
 from jquant.nn.product import PRECISION
 from jquant.nn.rounded_input import with_weight
@@ -40,13 +40,12 @@ class QATLinear(FakeQuantModule):
 
     def __call__(self, x: Float[Array, "*batch in"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch out"]:
         """The product in `dtype`; by default in that of x."""
-        weight = self.weight_quantizer(self.weight.get_value())
         bias = None if self.bias is None else self.bias.get_value()
-        if self.input_quantizer is None:
-            return matmul_transposed(x, weight, bias, dtype=dtype)
-        inputs = self.input_quantizer(x)
+        inputs = x if self.input_quantizer is None else self.input_quantizer(x)
         if not multiplies_codes(self):
+            weight = self.weight_quantizer(self.weight.get_value(), dtype=x.dtype)
             return matmul_transposed(inputs, weight, bias, dtype=dtype)
+        weight = self.weight_quantizer(self.weight.get_value())
         rows = x.reshape(-1, x.shape[-1])
         codes = _codes(self, rows)
         product = _product_of_codes(inputs.reshape(rows.shape), weight, *codes)
@@ -94,7 +93,11 @@ class QATLayer(FakeQuantModule):
 
     def _with_weight(self) -> Any:
         kernel = getattr(self.layer, weight_name(self.layer)).get_value()
-        matrix = self.weight_quantizer(to_matrix(self.layer, kernel))
+        dtype = getattr(self.layer, "dtype", None)  # what the layer would cast its weight to
+        matrix = inputs_first(self.layer, kernel)
+        if matrix is not None:
+            return with_weight(self.layer, self.weight_quantizer(matrix, axis=-2, dtype=dtype).reshape(kernel.shape))
+        matrix = self.weight_quantizer(to_matrix(self.layer, kernel), dtype=dtype)
         return with_weight(self.layer, from_matrix(self.layer, matrix, kernel.shape))
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jquant.calib import gram
 from jquant.calib.gram import Gram, GramState
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.nn.capture import Arguments, capture, input_groups, replay_output
@@ -31,6 +31,8 @@ from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weig
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import static_parameters, w8a8_layer
+from jquant.ptq import layer_programs
+from jquant.ptq.ahead import Ahead
 from jquant.ptq.coverage import LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
@@ -54,6 +56,7 @@ def quantize_block(
     *,
     equivalences: Sequence[Equivalence] = (),
     prefix: str = "",
+    ahead: Ahead | None = None,
 ) -> Solved:
     """Quantizes the layers that have a rule. The block keeps float layers, with the decoded weights in them.
 
@@ -64,6 +67,7 @@ def quantize_block(
             quantized block has them, ready for `block_outputs`.
         equivalences: where transforms may rescale channels.
         prefix: before the paths in reports and messages, as "blocks.3.".
+        ahead: compiles beside the work; by default each program is compiled when it is reached.
 
     Raises:
         InputError: a rule does not fit a layer, or statistics are not finite; the message names the layer.
@@ -72,6 +76,9 @@ def quantize_block(
     groups = [(path,) for path in rules]
     if data is not None:
         groups = input_groups(block, tuple(rules), data.arguments(0))
+    ahead = Ahead(enabled=False) if ahead is None else ahead
+    if data is not None:
+        ahead.start(block, groups, rules, data)
     replayed: list[Path] = []
     packed: dict[Path, nnx.Module] = {}
     reports: list[LayerReport] = []
@@ -79,21 +86,26 @@ def quantize_block(
         started = time.perf_counter()
         statistics = None
         if data is not None:
+            ahead.wait("capture", group[0])
             _capture_inputs(block, group, replayed, data)
+            ahead.wait("gram", group[0])
             statistics = _gram(block, group, data, prefix)
             replayed.extend(group)
         factors: dict[Step, Any] = {}
         shared = (time.perf_counter() - started) / len(group)
         for path in group:
+            ahead.wait("solve", path)
             layer, report = _solve_layer(block, path, rules[path], statistics, factors, data, prefix, shared)
             packed[path] = layer
             reports.append(report)
     return Solved(packed, reports, rewritten)
 
 
-def block_outputs(block: nnx.Module, solved: Solved, data: Data) -> Callable[[int], Any]:
+def block_outputs(block: nnx.Module, solved: Solved, data: Data, *, ahead: Ahead | None = None) -> Callable[[int], Any]:
     """What the quantized block gives for each batch, run on from the inputs in `data.store`."""
     paths = tuple(solved.layers)
+    if ahead is not None:
+        ahead.wait("output")
 
     def output(batch: int) -> Any:
         return replay_output(block, data.arguments(batch), replay=_inputs(data, paths, batch))
@@ -156,9 +168,9 @@ def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> 
                 rows = input_rows(layer, call[0])
                 mask = _mask_of(data.mask(batch), rows, prefix + group[0])
                 state = gram.init(rows.shape[-1]) if state is None else state
-                state = _update(state, rows, mask)
+                state = layer_programs.update(state, rows, mask)
     assert state is not None, "input_groups refuses layers that are not called"
-    found = _finalize(state)
+    found = layer_programs.finalize(state)
     gram.check(found, f"layer {prefix}{group[0]}")
     return found
 
@@ -167,10 +179,6 @@ def _mask_of(mask: jax.Array | None, rows: jax.Array, what: str) -> jax.Array | 
     if mask is not None and mask.shape != rows.shape[:-1]:
         raise InputError(f"{what}: a mask of {mask.shape} for inputs of {rows.shape}: it must be one entry a row")
     return mask
-
-
-_update = jax.jit(gram.update, donate_argnums=0)
-_finalize = jax.jit(gram.finalize)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -199,7 +207,7 @@ def _solve_layer(
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
     if rule.activation is None:
-        set_weight_matrix(layer, _decoded(solution.qtensor))
+        set_weight_matrix(layer, layer_programs.decoded(solution.qtensor))
     else:
         replace(block, {path: module})
     seconds += time.perf_counter() - started
@@ -211,7 +219,7 @@ def weight_report(
 ) -> LayerReport:
     """What a solution cost."""
     scheme = solution.qtensor.scheme
-    rounding, error = _errors(weight, solution.qtensor, scheme, statistics)
+    rounding, error = layer_programs.errors(weight, solution.qtensor, scheme, statistics)
     return LayerReport(
         path=path,
         method=rule.method.name,
@@ -273,39 +281,3 @@ def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Da
 @jax.jit
 def _range(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.min(x), jnp.max(x)
-
-
-@jax.jit
-def _decoded(q: QTensor) -> jax.Array:
-    return dequantize(q)
-
-
-def _errors(weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | None) -> tuple[jax.Array, jax.Array]:
-    """Squared and relative, of rounding to nearest and of the solution, over a whole stack: see `LayerReport`.
-
-    In small programs, one product in the last: together they took a GPU's compiler ten seconds a shape, and the memory
-    of six matrices.
-    """
-    size = _squares(weight.astype(jnp.float32), statistics)
-    size = jnp.where(size > 0, size, 1.0)
-    rounding = _squares(_difference(weight, _rounded(weight, scheme)), statistics)
-    return rounding / size, _squares(_difference(weight, value), statistics) / size
-
-
-@partial(jax.jit, static_argnames="scheme")
-def _rounded(weight: jax.Array, scheme: Scheme) -> QTensor:
-    return quantize(weight.astype(jnp.float32), scheme)
-
-
-@jax.jit
-def _difference(weight: jax.Array, value: QTensor) -> jax.Array:
-    return dequantize(value, jnp.float32) - weight.astype(jnp.float32)
-
-
-# Among its own kernels for a product of float32 XLA looks for many seconds a shape, and cuBLAS's serve as well.
-@partial(jax.jit, compiler_options={"xla_gpu_enable_triton_gemm": False})
-def _squares(error: jax.Array, statistics: Gram | None) -> jax.Array:
-    if statistics is None:
-        return jnp.sum(error * error)
-    weighted = jnp.matmul(error, statistics.matrix, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum(jnp.sum(weighted * error), 0.0)

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.calib.gram import Gram
@@ -29,11 +30,11 @@ from jquant.core import packing
 from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int as IntElement
-from jquant.core.qtensor import QTensor, choose_parameters
+from jquant.core.qtensor import Parameters, QTensor, choose_parameters
 from jquant.core.range_search import RangeSearch, scheme_of_search, search_parameters
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
-from jquant.kernels import dispatch
+from jquant.kernels import dispatch, range_search
 from jquant.kernels.gptq_block import Block, fits, round_block
 from jquant.ptq.cholesky import inverse_upper, upper_cholesky
 from jquant.ptq.solver import Solution
@@ -110,7 +111,13 @@ def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, con
     if w.shape[-1] != factor.root.shape[-1]:
         raise InputError(f"weight of {w.shape[-1]} inputs, Gram matrix of {factor.root.shape[-1]}: they must agree")
     scheme.granularity.tile(*w.shape)
-    return _solve(w, factor, scheme, config, dispatch.way())
+    return _chosen(w)(w, factor, scheme, config, dispatch.way())
+
+
+def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[Any]:
+    """What `factorize` and `solve_with` compile for such operands, traced; nothing is computed."""
+    factorizing = _factorize.trace(gram.matrix, config)
+    return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way())]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -186,8 +193,7 @@ class _Plan(NamedTuple):
     way: dispatch.Way
 
 
-@partial(jax.jit, static_argnames=("scheme", "config", "way"))
-def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
+def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
     rows, columns = w.shape
     group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
     levels = _levels(group, columns, config, way)
@@ -209,11 +215,11 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: di
     tile_rows = scheme.granularity.tile(rows, columns)[0]
     ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
     state = _State(_Parameters(ones, ones, jnp.zeros_like(ones)), jnp.zeros((1, rows), jnp.float32))
+    plan = _Plan(scheme, group, config, way)
     if config.act_order == "static":
         whole = jnp.pad(turned, ((0, -columns % group), (0, 0)))
         importance = jnp.pad(factor.diagonal, (0, -columns % group))
-        state = state._replace(parameters=_choose(whole, importance, scheme, group, config, problem.outer))
-    plan = _Plan(scheme, group, config, way)
+        state = state._replace(parameters=_choose(whole, importance, group, problem.outer, plan))
     if way == "jnp":
         part, state = _round_columns(problem, state, None, 0, width, levels, plan)
     else:
@@ -224,6 +230,17 @@ def _solve(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: di
         groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[:columns])
     q = _assemble(codes, state.parameters, scheme, (rows, columns), problem.outer, np.dtype(w.dtype), groups)
     return Solution(q, jnp.sum(state.loss) / 2, factor.damping, factor.fallback)
+
+
+_solve = jax.jit(_solution, static_argnames=("scheme", "config", "way"))
+_solve_alone = jax.jit(
+    _solution, static_argnames=("scheme", "config", "way"), compiler_options=dispatch.WITHOUT_TRITON_GEMM
+)
+
+
+def _chosen(w: Any) -> Any:
+    """The program for these operands: under a trace it becomes a part of another, which has no options of its own."""
+    return _solve if isinstance(w, Tracer) or not dispatch.on_cuda() else _solve_alone
 
 
 def _on_diagonal(matrix: Array, size: int) -> Array:
@@ -417,7 +434,7 @@ def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, pla
         weight = _columns(problem, at, size)
         moves = jnp.matmul(problem.settle[index].T, columns - weight, precision=jax.lax.Precision.HIGHEST)
         columns = weight + moves
-    found = _choose(columns, importance, plan.scheme, size, plan.config, problem.outer)
+    found = _choose(columns, importance, size, problem.outer, plan)
     parameters = (
         jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0)
         for whole, part in zip(state.parameters, found, strict=True)
@@ -425,19 +442,27 @@ def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, pla
     return state._replace(parameters=_Parameters(*parameters))
 
 
-def _choose(
-    columns: Array, importance: Array, scheme: Scheme, group: int, config: GPTQConfig, outer: Array | None
-) -> _Parameters:
+def _choose(columns: Array, importance: Array, group: int, outer: Array | None, plan: _Plan) -> _Parameters:
     """Of whole groups of columns [groups · group, out]."""
-    rows = columns.shape[1]
+    scheme, rows = plan.scheme, columns.shape[1]
     tile_rows = scheme.granularity.tile(rows, group)[0]
+    search = RangeSearch(exponent=2.0) if plan.config.range == "output" else RangeSearch()
+    weights = importance if plan.config.range == "output" else None
+    if plan.config.range != "minmax" and plan.way != "jnp" and range_search.fits(scheme, group, tile_rows):
+        found = range_search.search_parameters(
+            columns, group, scheme, importance=weights, config=search, interpret=plan.way == "interpret"
+        )
+        return _by_groups(found)
     tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
-    if config.range == "minmax":
-        found = choose_parameters(tiles, scheme_of_search(scheme), outer=outer)
-    else:
-        weights = importance.reshape(1, 1, -1, group) if config.range == "output" else None
-        search = RangeSearch(exponent=2.0) if config.range == "output" else RangeSearch()
-        found = search_parameters(tiles, scheme_of_search(scheme), outer=outer, importance=weights, config=search)
+    if plan.config.range == "minmax":
+        return _by_groups(choose_parameters(tiles, scheme_of_search(scheme), outer=outer))
+    weights = None if weights is None else weights.reshape(1, 1, -1, group)
+    return _by_groups(
+        search_parameters(tiles, scheme_of_search(scheme), outer=outer, importance=weights, config=search)
+    )
+
+
+def _by_groups(found: Parameters) -> _Parameters:
     zero = jnp.zeros_like(found.scale) if found.zero_point is None else found.zero_point
     return _Parameters(found.target.T, found.scale.T, zero.T)
 

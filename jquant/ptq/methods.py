@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jquant.calib.gram import Gram
+from jquant.core.scheme import Scheme
 from jquant.ptq import gptq, hqq, rtn
 from jquant.ptq.solver import Solution, Solve
 
@@ -20,13 +22,20 @@ class Method:
     # Of solvers whose work on the Gram matrix serves all layers that read the input: solve is solve_with ∘ factorize.
     factorize: Callable[..., Any] | None = None
     solve_with: Callable[..., Solution] | None = None
+    # The programs of both, traced for a weight and a Gram matrix that may be abstract: (w, gram, scheme, config).
+    programs: Callable[[Any, Gram, Scheme, Any], list[Any]] | None = None
 
 
 SOLVERS: dict[str, Method] = {
     "rtn": Method(rtn.solve, rtn.RTNConfig(), needs_gram=False),
     "rtn-mse": Method(rtn.solve, rtn.RTNConfig(range="mse"), needs_gram=False),
     "gptq": Method(
-        gptq.solve, gptq.GPTQConfig(), needs_gram=True, factorize=gptq.factorize, solve_with=gptq.solve_with
+        gptq.solve,
+        gptq.GPTQConfig(),
+        needs_gram=True,
+        factorize=gptq.factorize,
+        solve_with=gptq.solve_with,
+        programs=gptq.programs,
     ),
     "hqq": Method(hqq.solve, hqq.HQQConfig(), needs_gram=False),
 }

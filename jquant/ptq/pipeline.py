@@ -28,6 +28,7 @@ from jquant.nn.placement import batch_sharding, copied, place_module, spread_bat
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
 from jquant.ptq.activations import InMemory, Store
+from jquant.ptq.ahead import Ahead
 from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_data, solve
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
 from jquant.ptq.data import Data
@@ -66,6 +67,7 @@ class _Run:
     mesh: Mesh | None
     workdir: Workdir | None
     needs_data: bool
+    ahead: Ahead
 
 
 def quantize_model(
@@ -154,6 +156,7 @@ def quantize_blocks(
         mesh=mesh,
         workdir=workdir,
         needs_data=needs_data,
+        ahead=Ahead(enabled=False if mesh is not None else None),
     )
     layers: list[LayerReport] = []
     transforms: list[TransformReport] = []
@@ -226,9 +229,9 @@ def _one_block(run: _Run, block: nnx.Module, index: int, source: Source) -> Solv
     if run.mesh is not None:
         place_module(block, run.mesh, prefix=prefix)
     if rules:
-        solved = quantize_block(block, rules, data, equivalences=source.equivalences(), prefix=prefix)
+        solved = quantize_block(block, rules, data, equivalences=source.equivalences(), prefix=prefix, ahead=run.ahead)
     if data is not None:
-        output = block_outputs(block, solved, data)
+        output = block_outputs(block, solved, data, ahead=run.ahead)
         for batch in range(data.count):
             run.store.put(_STATES, batch, spread_batch(output(batch), run.mesh))
         for path in solved.layers:

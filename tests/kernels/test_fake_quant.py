@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jquant import qat
 from jquant.core import ste
 from jquant.core.division import exact_divide
 from jquant.core.formats import Int
 from jquant.core.scheme import scheme
 from jquant.kernels import dispatch
-from jquant.kernels.fake_quant import _divide_by_reach, fake_quantize, fits
+from jquant.kernels.fake_quant import Keep, _divide_by_reach, fake_quantize, fits
+from jquant.nn.linear import Linear
 
+KEEPS: tuple[Keep, ...] = ("input", "scale")
 SCHEMES = [
     *(f"int{bits}:g32" for bits in range(2, 9)),
     *("int4:channel", "int8:token", "int4:g128", "int3:g64:restricted", "int8:channel:restricted"),
@@ -24,19 +29,43 @@ SCHEMES = [
 
 @pytest.mark.parametrize(("spec", "dtype"), [*((spec, "bfloat16") for spec in SCHEMES), ("int4:g128", "float32")])
 def test_value_and_gradient(spec: str, dtype: str) -> None:
-    sizes = jnp.exp2(jnp.arange(27)[:, None] - 13.0)
-    x = (jax.random.normal(jax.random.key(0), (27, 256)) * sizes).at[3].set(0).astype(dtype)
-    chosen = scheme(spec)
+    x, cotangent, chosen = _operands((27, 256), dtype), _operands((27, 256), dtype, seed=1), scheme(spec)
     assert fits(chosen, x.shape, x.dtype)
-    cotangent = jax.random.normal(jax.random.key(1), x.shape).astype(dtype)
     expected, pull = jax.vjp(lambda x: ste.fake_quantize(x, chosen), x)
-    keeps: tuple[ste.Keep, ...] = ("input", "mask")
-    for keep in keeps:
+    for keep in KEEPS:
         found, pulled = jax.vjp(partial(fake_quantize, scheme=chosen, keep=keep, interpret=True), x)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(pulled(cotangent)[0], pull(cotangent)[0])
     straight = jax.vjp(lambda x: fake_quantize(x, chosen, clipped=False, interpret=True), x)[1](cotangent)[0]
     np.testing.assert_array_equal(straight, cotangent)
+
+
+@pytest.mark.parametrize("spec", ["int4:g128", "int2:g16", "int8:channel", "int3:g64:restricted"])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_of_masters_either_way_round(spec: str, axis: Literal[-1, -2]) -> None:
+    """float32 in, bfloat16 out, a stack of matrices, groups along rows or columns."""
+    shape = (2, 256, 512)
+    x, cotangent, chosen = _operands(shape, "float32"), _operands(shape, "bfloat16", seed=1), scheme(spec)
+    if not fits(chosen, x.shape, x.dtype, axis):
+        assert (spec, axis) == ("int2:g16", -1)
+        return
+
+    def reference(x: jax.Array) -> jax.Array:
+        turned = x if axis == -1 else x.swapaxes(-1, -2)
+        value = ste.fake_quantize(turned, chosen)
+        return (value if axis == -1 else value.swapaxes(-1, -2)).astype("bfloat16")
+
+    expected, pull = jax.vjp(reference, x)
+    for keep in KEEPS:
+        kernel = partial(fake_quantize, scheme=chosen, axis=axis, dtype="bfloat16", keep=keep, interpret=True)
+        found, pulled = jax.vjp(kernel, x)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(pulled(cotangent)[0], pull(cotangent)[0])
+
+
+def _operands(shape: tuple[int, ...], dtype: str, *, seed: int = 0) -> jax.Array:
+    sizes = jnp.exp2(jnp.arange(shape[-2])[:, None] % 27 - 13.0)
+    return (jax.random.normal(jax.random.key(seed), shape) * sizes).at[..., 3, :].set(0).astype(dtype)
 
 
 @pytest.mark.parametrize("spec", ["int4:g32:asym", "int4:tensor", "nf4:g64", "int4:g48", "int4:g32:bf16", "int4:b8x32"])
@@ -65,3 +94,30 @@ def test_division_by_the_reach(bits: int, convention: str) -> None:
     a = jnp.asarray(bits_of).view(jnp.float32)
     divide = jax.jit(_divide_by_reach, static_argnums=1)
     np.testing.assert_array_equal(divide(a, element), exact_divide(a, element.reach))
+
+
+def test_layers_in_training_use_it() -> None:
+    """Flax's kernel[in, out], and W[out, in] of the decoder: the same output and gradients as without."""
+    x = jax.random.normal(jax.random.key(0), (5, 128), jnp.bfloat16)
+
+    def trained(layer: nnx.Module) -> tuple[str, list[jax.Array]]:
+        model = nnx.Sequential(layer)
+        qat.prepare(model, qat.one_rule("int4:g32", layers=("layers",), start="range"), announce=lambda line: None)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params: nnx.State) -> jax.Array:
+            return jnp.sum(nnx.merge(graphdef, params, rest)(x).astype(jnp.float32) ** 2)
+
+        found = jax.value_and_grad(loss)
+        return str(jax.make_jaxpr(found)(params)), jax.tree.leaves(jax.jit(found)(params))
+
+    for layer in (
+        nnx.Linear(128, 128, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+        Linear(128, 128, rngs=nnx.Rngs(0)),
+    ):
+        expected = trained(nnx.clone(layer))
+        with dispatch.override("interpret"):
+            found = trained(nnx.clone(layer))
+        assert "fake_quantize" in found[0]
+        for one, other in zip(found[1], expected[1], strict=True):
+            np.testing.assert_array_equal(one, other)

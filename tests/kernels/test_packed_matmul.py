@@ -158,3 +158,27 @@ OPERATIONS: dict[str, Any] = {
     "cvt.rn.bf16x2.f32": lambda high, low: _bfloat16(_float(high)) << 16 | _bfloat16(_float(low)),
     "fma.rn.bf16x2": _fused,
 }
+
+
+def test_under_vmap_and_differentiation() -> None:
+    """All rows of a batch go into one product; the gradient of x is that of the product, and q has none."""
+    q = quantize(jax.random.normal(jax.random.key(0), (64, 256)), scheme("int4:g32"))
+    x = jax.random.normal(jax.random.key(1), (3, 2, 256)).astype(jnp.bfloat16)
+    expected = jnp.einsum("bri,oi->bro", x, dequantize(q, jnp.bfloat16), preferred_element_type=jnp.float32)
+
+    def loss(x: jax.Array) -> jax.Array:
+        found = dispatch.multiply_packed(x, q)
+        assert found is not None
+        return jnp.sum(found**2)
+
+    with dispatch.override("interpret"):
+        jaxpr = str(jax.make_jaxpr(jax.vmap(lambda x: dispatch.multiply_packed(x, q)))(x))
+        found = jax.vmap(lambda x: dispatch.multiply_packed(x, q))(x)
+        gradient = jax.grad(loss)(x[0])
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf, leaf]), q)
+        experts = jax.vmap(dispatch.multiply_packed)(x, stacked)
+    assert "[6,64]" in jaxpr  # 3 · 2 rows in one product
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(experts, expected, rtol=1e-2, atol=1e-2)
+    pulled = jnp.matmul((2 * expected[0]).astype(jnp.bfloat16), dequantize(q, jnp.bfloat16))
+    np.testing.assert_allclose(gradient.astype(jnp.float32), pulled.astype(jnp.float32), rtol=2e-2, atol=0.5)

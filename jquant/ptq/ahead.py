@@ -1,0 +1,102 @@
+"""Compiles the programs of a block at once, beside its first captures, where the host has cores to spare.
+
+One after another, each when first needed, they took an H100's host 35 s for a model of Llama 3 8B's shape, and the
+GPU waited. What runs is as without this: a program that is ready is found where `jax.jit` looks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from jquant.calib.gram import Gram, GramState
+from jquant.core.scheme import scheme as parse_scheme
+from jquant.kernels.dispatch import on_cpu
+from jquant.nn.capture import traced_capture, traced_output
+from jquant.nn.linear import ExpertLinear
+from jquant.nn.matrices import input_rows, weight_matrix
+from jquant.nn.surgery import Path, module_at
+from jquant.ptq import layer_programs
+from jquant.ptq.data import Data
+from jquant.ptq.methods import SOLVERS
+from jquant.ptq.recipe import Rule
+from jquant.ptq.transforms import configured
+
+Stage = Literal["capture", "gram", "solve", "output"]
+_THREADS = 8
+
+
+class Ahead:
+    """Compiles for the first block it is shown; later ones of equal structure find the programs."""
+
+    def __init__(self, *, enabled: bool | None = None) -> None:
+        """By default not on CPU, whose cores have the captures to compute."""
+        self._enabled = not on_cpu() if enabled is None else enabled
+        self._pending: dict[tuple[Stage, Path], list[Future[Any]]] = {}
+
+    def start(
+        self, block: nnx.Module, groups: Sequence[Sequence[Path]], rules: Mapping[Path, Rule], data: Data
+    ) -> None:
+        """Begins to compile what `quantize_block` will run. Programs that cannot be foreseen are left to it."""
+        if not self._enabled:
+            return
+        self._enabled = False
+        traced: dict[tuple[Stage, Path], list[Any]] = {}
+        replay: dict[Path, Any] = {}
+        for group in groups:
+            captured = traced_capture(block, group[:1], data.arguments(0), replay=replay)
+            traced["capture", group[0]] = [captured]
+            calls = captured.out_info[group[0]]
+            replay |= dict.fromkeys(group, calls)
+            traced["gram", group[0]] = _of_gram(module_at(block, group[0]), calls, data.mask(0))
+            for path in group:
+                traced["solve", path] = _of_solver(module_at(block, path), rules[path])
+        traced["output", ""] = [traced_output(block, data.arguments(0), replay=replay)]
+        self._compile(traced)
+
+    def wait(self, stage: Stage, path: Path = "") -> None:
+        """Until the programs of a stage are ready: the one who calls would only compile them again."""
+        for future in self._pending.pop((stage, path), ()):
+            future.result()
+
+    def _compile(self, traced: Mapping[tuple[Stage, Path], Sequence[Any]]) -> None:
+        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
+        known: dict[Any, Future[Any]] = {}  # by jaxpr: layers of equal shape share programs
+        for key, programs in traced.items():
+            futures = []
+            for program in programs:
+                name = (program.fun_name, id(program.jaxpr.jaxpr))
+                if name not in known:
+                    known[name] = executor.submit(lambda program=program: program.lower().compile() and None)
+                futures.append(known[name])
+            self._pending[key] = futures
+        executor.shutdown(wait=False)
+
+
+def _of_gram(layer: nnx.Module, calls: Sequence[Any], mask: Any) -> list[Any]:
+    if isinstance(layer, ExpertLinear):
+        return []
+    rows = jax.eval_shape(lambda x: input_rows(layer, x), calls[0][0])
+    size = rows.shape[-1]
+    state = GramState(_float32(size, size), _float32())
+    return [layer_programs.update.trace(state, rows, mask), layer_programs.finalize.trace(state)]
+
+
+def _of_solver(layer: nnx.Module, rule: Rule) -> list[Any]:
+    method = SOLVERS[rule.method.name]
+    weight = weight_matrix(layer)
+    if method.programs is None or weight.ndim != 2:
+        return []
+    scheme, size = parse_scheme(rule.scheme or ""), weight.shape[1]
+    gram = Gram(_float32(size, size), _float32())
+    config = configured(SOLVERS, rule.method.name, rule.method.options)
+    solving = method.programs(weight, gram, scheme, config)
+    return [*solving, *layer_programs.traced_report(weight, solving[-1].out_info.qtensor, scheme, gram)]
+
+
+def _float32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, "float32")
