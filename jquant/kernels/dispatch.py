@@ -65,7 +65,7 @@ def multiply_packed(x: Float[Array, "*batch in"], q: QTensor) -> Float32[Array, 
 
 def _kernel_for(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | None:
     how = way()
-    if how == "kernel" and on_hopper() and packed_wgmma.fits(q):
+    if how == "kernel" and on_hopper() and packed_wgmma.fits(q, rows):
         return packed_wgmma.packed_matmul if rows <= FEW_ROWS_ON_HOPPER else None
     if how == "jnp" or rows > FEW_ROWS or not fits(q):
         return None

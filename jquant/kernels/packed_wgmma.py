@@ -31,6 +31,9 @@ from jquant.kernels.levels import assembly_of, known
 
 _BLOCK = 16  # bytes of a row that four threads hold
 _ROWS = 64  # of the weight, a group of four warps
+_MANY = 128
+_PART = 32  # inputs of a weight that are scaled while the product before them runs
+_MEMORY, _ALIGNED = 232_448, 1024  # bytes of shared memory; arrays begin at multiples
 _STORED = 64  # columns that are written at a time
 
 
@@ -55,27 +58,45 @@ def tiling_of(batch: int, q: QTensor) -> Tiling:
     if columns <= 16:
         found = Tiling(columns=columns, inputs=256 * per_byte, splits=2, stages=4, scale_first=not wide)
     elif columns <= 64:
-        found = Tiling(columns=columns, inputs=256, splits=2, stages=3, scale_first=not wide)
+        found = Tiling(columns=columns, inputs=128, splits=2, stages=6, scale_first=not wide)
     elif columns <= 128:
         found = Tiling(columns=columns, inputs=128, splits=2, stages=4, scale_first=not wide)
+    elif columns <= 256:
+        found = Tiling(columns=128, inputs=128, splits=1, stages=4, scale_first=not wide)
     else:
         found = Tiling(columns=256, inputs=64, splits=1, stages=4, scale_first=True)
     while q.matrix_shape[1] % (found.inputs * found.splits):
         smaller = {"splits": found.splits // 2} if found.splits > 1 else {"inputs": found.inputs // 2}
         found = replace(found, **smaller)
     # A copy of sums of x, which zero points need, takes 128 bytes or a multiple.
-    short = found.columns * max(1, found.inputs // group) % 32 and q.zero_planes is not None
-    return replace(found, scale_first=True) if short else found
+    if found.columns * max(1, found.inputs // group) % 32 and q.zero_planes is not None:
+        found = replace(found, scale_first=True)
+    while _bytes_on_chip(found, q) > _MEMORY:
+        found = replace(found, stages=found.stages - 1)
+    return found
 
 
-def fits(q: QTensor) -> bool:
-    """Whether the kernel reads such a weight: one plane of codes, groups of neighbours in a row."""
+def _bytes_on_chip(tiling: Tiling, q: QTensor) -> int:
+    """Of shared memory: operands of all stages, and results on their way out."""
+    rows, per_row = _ROWS * tiling.warpgroups, 1 if q.zero_planes is None else 2
+    groups = max(1, tiling.inputs // q.scheme.tile(*q.matrix_shape)[1])
+    codes = rows * tiling.inputs * q.scheme.element.bits // 8
+    stage = codes + 2 * tiling.columns * tiling.inputs + 4 * groups * (per_row * rows + tiling.columns)
+    return tiling.stages * (stage + 4 * _ALIGNED) + 4 * rows * min(tiling.columns, _STORED)
+
+
+def fits(q: QTensor, rows: int = _MANY) -> bool:
+    """Whether the kernel reads such a weight: one plane of codes, groups of neighbours in a row.
+
+    For up to 16 `rows` of x the groups must be of 64 or more: scales of shorter ones keep it from being faster than
+    kernels/packed_matmul.py.
+    """
     if q.scheme.block is not None or q.groups is not None or q.ndim != 2 or not known(q.scheme.element):
         return False
     tile_rows, group = q.scheme.tile(*q.matrix_shape)
-    rows, columns = q.matrix_shape
-    whole = group == columns or (group >= 16 and group & (group - 1) == 0)
-    return q.scheme.element.bits >= 4 and tile_rows == 1 and rows % 128 == 0 and columns % 512 == 0 and whole
+    out, columns = q.matrix_shape
+    whole = group == columns or (group >= (64 if rows <= 16 else 16) and group & (group - 1) == 0)
+    return q.scheme.element.bits >= 4 and tile_rows == 1 and out % 128 == 0 and columns % 512 == 0 and whole
 
 
 def packed_matmul(
@@ -186,7 +207,10 @@ def _call(job: _Job) -> Any:
         def weights_scaled(_: Any, *given: Any) -> Any:
             codes, x, *parameters, total = given
             packed = _load(codes.at[mine], layout=plgpu.Layout.WGMMA_8BIT)
-            plgpu.wgmma(total, _weights(job, packed, [_of_rows(job, each, mine) for each in parameters]), x.T)
+            known = [_of_rows(job, each, mine) for each in parameters]
+            # Products read their registers on and on: those of all parts live until the wait.
+            for part in range(step // _PART):
+                plgpu.wgmma(total, _weights(job, packed, known, part), x.at[:, part * _PART : (part + 1) * _PART].T)
             plgpu.wgmma_wait(0)
             return total
 
@@ -226,7 +250,7 @@ def _call(job: _Job) -> Any:
         )
         specs = [
             tiled((rows, width), lambda t: (row, split * steps + t), min(128, width), 8),
-            tiled((columns, step), lambda t: (column, split * steps + t), 128, 16),
+            tiled((columns, step), lambda t: (column, split * steps + t), 2 * _PART if tiling.scale_first else 128, 16),
             *[per_row] * (2 if job.has_zero else 1),
         ]
         if len(operands) > len(specs):
@@ -283,17 +307,18 @@ def _levels(packed: Any, element: Element, first: int, blocks: int) -> Any:
     return unpack(packed)
 
 
-def _weights(job: _Job, packed: Any, parameters: list[Any]) -> Any:
-    """Scaled and rounded weights [64, inputs of a step], as a product takes them."""
+def _weights(job: _Job, packed: Any, parameters: list[Any], part: int) -> Any:
+    """Scaled and rounded weights [64, 32] of a part of a step, as a product takes them."""
     from jax.experimental.mosaic import gpu as mgpu
 
     plgpu = _mosaic()
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
-    shape = plgpu.ShapeDtypeStruct((_ROWS, job.tiling.inputs), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    shape = plgpu.ShapeDtypeStruct((_ROWS, _PART), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
     kinds = (plgpu.Layout.WGMMA_8BIT, *[plgpu.RefType()] * len(parameters))
     of_block, of_thread = _BLOCK * job.per_byte, 4 * job.per_byte  # inputs
+    begin, blocks = part * _PART // of_block, _PART // of_block
 
     @plgpu.inline_mgpu(arg_types=kinds, return_type=shape)
     def scale(_: Any, codes: Any, *refs: Any) -> Any:
@@ -303,7 +328,7 @@ def _weights(job: _Job, packed: Any, parameters: list[Any]) -> Any:
 
         def parameter(ref: int, half: int, block: int) -> Any:
             """Of the group that a thread's codes of a block lie in."""
-            first = block * of_block
+            first = (begin + block) * of_block
             key = (ref, half, first // min(job.group, of_block))
             if key not in known:
                 group = places.constant(first // job.group if job.tiling.inputs > job.group else 0)
@@ -322,7 +347,7 @@ def _weights(job: _Job, packed: Any, parameters: list[Any]) -> Any:
             values = [parameter(ref, half, block) for ref in range(len(refs))]
             return llvm.inline_asm(i32, [pair, *values], lines, ",".join(["=r", "r", *["f"] * len(values)]))
 
-        return _assembled(codes.registers, job.element, scaled)
+        return _assembled(codes.registers[:, begin : begin + blocks], job.element, scaled)
 
     return scale(packed, *parameters)
 

@@ -16,12 +16,15 @@ SPECS = ["int4:g128", "int4:g64", "int4:g32", "int4:g128:asym", "int4:g32:asym",
 SPECS += ["int8:channel", "fp8_e4m3:channel", "int8:g128", "int4:channel"]
 
 
-@pytest.mark.parametrize("batch", [1, 16, 40, 128, 300])
+@pytest.mark.parametrize("batch", [1, 16, 40, 128, 200, 300])
 @pytest.mark.parametrize("spec", SPECS)
 def test_product(spec: str, batch: int) -> None:
     w = jax.random.normal(jax.random.key(0), (256, 1024)) ** 3
     q = quantize(w, scheme(spec))
-    assert fits(q)
+    if not fits(q, batch):
+        assert q.scheme.tile(*q.matrix_shape)[1] < 64
+        assert batch <= 16
+        return
     x = jax.random.normal(jax.random.key(1), (batch, 1024)).astype(jnp.bfloat16)
     if not dispatch.on_hopper():
         traced = jax.jit(packed_matmul).trace(x, q)
