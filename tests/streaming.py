@@ -15,6 +15,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+WINDOWS, WINDOW = 4, 128  # of calibration data
+
 
 def block_bytes(hidden: int) -> int:
     """Of a block in float32."""
@@ -57,10 +59,11 @@ def write_deep(folder: Path, layers: int, hidden: int) -> None:
         (folder / name).write_bytes(content)
 
 
-def main(folder: Path, out: Path, room: int) -> None:
+def main(folder: Path, out: Path, room: int, method: str) -> None:
     """Quantizes with so many bytes of memory beyond what the process has once jax has started."""
     import jax.numpy as jnp
 
+    from jquant.data.blocks import Windows
     from jquant.models.checkpoint import open_checkpoint
     from jquant.ptq.recipe import one_rule
     from jquant.quantization_run import quantize_checkpoint
@@ -74,10 +77,17 @@ def main(folder: Path, out: Path, room: int) -> None:
         while not done.wait(0.002):
             most[0] = max(most[0], _status("RssAnon"))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # or an error would leave it, and the process, running
     watcher.start()
     checkpoint = open_checkpoint(folder)
-    quantize_checkpoint(checkpoint, one_rule("rtn", "int4:g64"), out)
+    tokens = np.random.default_rng(0).integers(0, 256, (WINDOWS, WINDOW)).astype(np.int32)
+    scored = np.ones((WINDOWS, WINDOW - 1), bool)
+    data = (
+        None
+        if method == "rtn"
+        else Windows(tokens=tokens, scored=scored, stride=WINDOW, total_tokens=tokens.size, sha256="random")
+    )
+    quantize_checkpoint(checkpoint, one_rule(method, "int4:g64"), out, calibration=data)
     done.set()
     watcher.join()
     try:
@@ -97,4 +107,4 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -22,11 +22,11 @@ RUNTIME = 250_000_000  # stacks and arenas of threads, compiled programs
 pytestmark = pytest.mark.slow  # on Linux: memory is read from /proc
 
 
-def _quantized(folder: Path, layers: int, hidden: int, room: int) -> dict[str, int]:
+def _quantized(folder: Path, layers: int, hidden: int, room: int, method: str = "rtn") -> dict[str, int]:
     write_deep(folder / "model", layers, hidden)
     # Freed memory goes back to the system at once: what is measured is what is in use.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "tests.streaming", str(folder / "model"), str(folder / "out"), str(room)]
+    words = [sys.executable, "-m", "tests.streaming", str(folder / "model"), str(folder / "out"), str(room), method]
     done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -52,3 +52,17 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     print(f"peaks beyond the runtime's {base / 1e6:.0f} MB: {[f'{peak / 1e6:.0f} MB' for peak in peaks]}")
     assert max(peaks) < 2 * BLOCK + WORKSPACE
     assert peaks[-1] < peaks[0] + BLOCK / 2
+
+
+def test_nor_does_that_of_a_method_that_learns_from_data(tmp_path: Path) -> None:
+    """GPTQ: with the same statistics, and activations of the whole data, at 12 blocks as at 3.
+
+    The most there is at a time is what the widest layer's factor is made of: Gram matrix, two copies, and the factor.
+    """
+    peaks = []
+    for layers in (1, 3, 12):  # the first compiles, which takes 100 MB, and keeps what it compiled
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        peaks.append(_quantized(folder, layers, HIDDEN // 2, 10**10, "gptq")["most"])
+    print(f"peaks: {[f'{peak / 1e6:.0f} MB' for peak in peaks]}")
+    assert peaks[2] < peaks[1] + 2 * block_bytes(HIDDEN // 2)  # of nine more

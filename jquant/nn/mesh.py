@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from jquant.core.errors import InputError
 from jquant.io.processes import several
@@ -69,7 +69,7 @@ def mesh_text(mesh: Mesh | None) -> str:
     return "" if mesh is None else ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 
 
-def axis_size(mesh: Mesh | None, *axes: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh | None, *axes: str) -> int:
     """Devices along these axes together."""
     return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in axes)
 

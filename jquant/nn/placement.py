@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
@@ -30,20 +30,22 @@ RULES: tuple[tuple[str, int], ...] = (
 CUTTING = (TENSOR, FSDP)  # in this order what is gathered over "fsdp" are neighbours
 
 
-def parameter_sharding(path: Path, shape: Sequence[int], mesh: Mesh, axes: Sequence[str] = CUTTING) -> NamedSharding:
+def parameter_sharding(
+    path: Path, shape: Sequence[int], mesh: Mesh | AbstractMesh, axes: Sequence[str] = CUTTING
+) -> NamedSharding:
     """Where a float parameter lies: cut over all of `axes`, or over as many as divide; vectors are copied."""
     wanted = next(axis for pattern, axis in RULES if re.search(pattern, path))
     return _cut(shape, mesh, [wanted, *range(-len(shape), 0)], axes)
 
 
 def parameter_shardings(
-    arrays: Mapping[Path, Any], mesh: Mesh, axes: Sequence[str] = CUTTING
+    arrays: Mapping[Path, Any], mesh: Mesh | AbstractMesh, axes: Sequence[str] = CUTTING
 ) -> dict[Path, NamedSharding]:
     """Where each of some float parameters lies."""
     return {path: parameter_sharding(path, array.shape, mesh, axes) for path, array in arrays.items()}
 
 
-def tensor_shardings(path: Path, value: Any, mesh: Mesh, axes: Sequence[str] = CUTTING) -> Any:
+def tensor_shardings(path: Path, value: Any, mesh: Mesh | AbstractMesh, axes: Sequence[str] = CUTTING) -> Any:
     """Where a tensor lies, float or packed; of a packed one a sharding in the place of each of its arrays.
 
     Codes and scales are cut along rows, where these divide; zero points, packed along rows, and the groups of columns
@@ -72,7 +74,7 @@ def place_module(module: nnx.Module, mesh: Mesh, *, prefix: str = "") -> None:
     nnx.update(module, jax.tree.map(put, state, state_shardings(state, mesh, prefix=prefix)))
 
 
-def state_shardings(state: Any, mesh: Mesh, axes: Sequence[str] = CUTTING, *, prefix: str = "") -> Any:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, axes: Sequence[str] = CUTTING, *, prefix: str = "") -> Any:
     """Where the arrays of a module's state lie, in a tree of the same structure."""
 
     def place(keys: tuple[Any, ...], variable: Any) -> Any:
@@ -139,7 +141,9 @@ def put(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def _cut(shape: Sequence[int], mesh: Mesh, candidates: Sequence[int], axes: Sequence[str]) -> NamedSharding:
+def _cut(
+    shape: Sequence[int], mesh: Mesh | AbstractMesh, candidates: Sequence[int], axes: Sequence[str]
+) -> NamedSharding:
     """Along the first of the candidates that divides, over all of `axes`, else over one."""
     there = tuple(axis for axis in axes if axis_size(mesh, axis) > 1)
     if len(shape) >= 2:

@@ -141,7 +141,8 @@ def _factorize(matrix: Array, config: GPTQConfig) -> Factor:
 
     def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
         tries = state[0] + 1
-        return tries, upper_cholesky(matrix + jnp.diag(ones + damping_of(tries) * mean))
+        at = jnp.arange(len(matrix))  # a matrix of the diagonal would be one more in memory, and a mask of its places
+        return tries, upper_cholesky(matrix.at[at, at].add(ones + damping_of(tries) * mean))
 
     tries, upper = jax.lax.while_loop(failed, again, (jnp.int32(0), jnp.full_like(matrix, jnp.nan)))
     root, damping = jnp.diagonal(upper), damping_of(tries)
@@ -201,7 +202,9 @@ def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way:
     weight = jnp.where(factor.dead, 0.0, w.astype(jnp.float32))
     turned = weight.T
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
-    share = jnp.pad(factor.share, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
+    share = factor.share
+    if width > columns:  # else it would be copied for nothing
+        share = jnp.pad(share, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
     problem = _Problem(
         weight=jnp.pad(turned, ((0, width - columns), (0, 0))),
         order=order,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from jquant.nn.mesh import TENSOR
 from jquant.nn.placement import parameter_shardings, state_shardings
+from jquant.qat.forward import BLOCKS
 from jquant.qat.losses import LossFn
 from jquant.qat.state import Structure, TrainState
 
@@ -49,8 +51,9 @@ def make_step(
         dtype: of computation; gradients and masters are float32.
         shardings: of the state; None where there is one device. A parameter that is cut over "fsdp" is gathered over it
             where it is used, in the dtype of computation, and its gradient scattered (Rajbhandari et al., ZeRO,
-            1910.02054, stage 3); so are the teacher's and those that are not trained. Cuts over "tensor" stay. XLA
-            decides how long what was gathered is held: on CPU it is all of it at once.
+            1910.02054, stage 3); so are the teacher's and those that are not trained. Cuts over "tensor" stay. What
+            belongs to a decoder's blocks is gathered by `forward.block_states`, block by block; the rest, and all of
+            other modules, at the start. A loss that runs blocks by itself leaves it to XLA.
         mesh: of the shardings.
 
     The arrays of `state` are donated. Leaves of `batch` are [microbatches, rows, …]. A change of the structure, as
@@ -58,20 +61,28 @@ def make_step(
     """
 
     def gathered(state: Any) -> Any:
-        """Whole over "fsdp"."""
+        """Whole over "fsdp", but for the blocks that gather their own."""
         if mesh is None:
             return state
-        return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh, (TENSOR,)))
+
+        def place(keys: tuple[Any, ...], cut: Any, whole: Any) -> Any:
+            return cut if str(getattr(keys[0], "key", keys[0])) == BLOCKS else whole
+
+        places = (state_shardings(state, mesh), state_shardings(state, mesh, (TENSOR,)))
+        return jax.lax.with_sharding_constraint(state, jax.tree_util.tree_map_with_path(place, *places))
 
     def loss_of(
         trained: Any, rest: Any, fixed: Any, batch: Any, structure: Structure, teacher: nnx.Module | None
     ) -> tuple[Array, Any]:
         trained = structure.computing(trained, dtype)
         if mesh is not None:
-            trained = jax.lax.with_sharding_constraint(trained, parameter_shardings(trained, mesh, (TENSOR,)))
+            cut, whole = parameter_shardings(trained, mesh), parameter_shardings(trained, mesh, (TENSOR,))
+            places = {name: (cut if name.startswith(f"{BLOCKS}.") else whole)[name] for name in trained}
+            trained = jax.lax.with_sharding_constraint(trained, places)
             fixed = gathered(fixed)
         model = structure.merge(trained, fixed, rest)
-        loss, metrics = loss_fn(model, batch) if teacher is None else loss_fn(model, batch, teacher)
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            loss, metrics = loss_fn(model, batch) if teacher is None else loss_fn(model, batch, teacher)
         changed = jax.tree.map(lambda new, old: new.astype(old.dtype), nnx.state(model, nnx.Not(nnx.Param)), rest)
         parts = {"loss": loss, **metrics}
         return loss.astype(jnp.float32), (jax.tree.map(lambda part: part.astype(jnp.float32), parts), changed)
