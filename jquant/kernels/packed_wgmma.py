@@ -32,7 +32,6 @@ from jquant.kernels.levels import assembly_of, known
 _BLOCK = 16  # bytes of a row that four threads hold
 _ROWS = 64  # of the weight, a group of four warps
 _MANY = 128
-_PART = 32  # inputs of a weight that are scaled while the product before them runs
 _MEMORY, _ALIGNED = 232_448, 1024  # bytes of shared memory; arrays begin at multiples
 _STORED = 64  # columns that are written at a time
 
@@ -88,15 +87,18 @@ def _bytes_on_chip(tiling: Tiling, q: QTensor) -> int:
 def fits(q: QTensor, rows: int = _MANY) -> bool:
     """Whether the kernel reads such a weight: one plane of codes, groups of neighbours in a row.
 
-    For up to 16 `rows` of x the groups must be of 64 or more: scales of shorter ones keep it from being faster than
-    kernels/packed_matmul.py.
+    Left to kernels/packed_matmul.py, or to XLA: groups shorter than 64 for up to 16 `rows` of x, where their scales keep
+    this one from being faster; and zero points of such groups, or with more than 256 rows.
     """
     if q.scheme.block is not None or q.groups is not None or q.ndim != 2 or not known(q.scheme.element):
         return False
     tile_rows, group = q.scheme.tile(*q.matrix_shape)
     out, columns = q.matrix_shape
-    whole = group == columns or (group >= (64 if rows <= 16 else 16) and group & (group - 1) == 0)
-    return q.scheme.element.bits >= 4 and tile_rows == 1 and out % 128 == 0 and columns % 512 == 0 and whole
+    if group < 64 and (rows <= 16 or q.zero_planes is not None):
+        return False
+    whole = group == columns or (group >= 16 and group & (group - 1) == 0)
+    few = q.zero_planes is None or rows <= 256
+    return q.scheme.element.bits >= 4 and tile_rows == 1 and out % 128 == 0 and columns % 512 == 0 and whole and few
 
 
 def packed_matmul(
@@ -207,10 +209,8 @@ def _call(job: _Job) -> Any:
         def weights_scaled(_: Any, *given: Any) -> Any:
             codes, x, *parameters, total = given
             packed = _load(codes.at[mine], layout=plgpu.Layout.WGMMA_8BIT)
-            known = [_of_rows(job, each, mine) for each in parameters]
-            # Products read their registers on and on: those of all parts live until the wait.
-            for part in range(step // _PART):
-                plgpu.wgmma(total, _weights(job, packed, known, part), x.at[:, part * _PART : (part + 1) * _PART].T)
+            plgpu.wgmma(total, _weights(job, packed, [_of_rows(job, each, mine) for each in parameters]), x.T)
+            # Products read their registers on and on: the next step may not fill them before this one is done.
             plgpu.wgmma_wait(0)
             return total
 
@@ -250,7 +250,7 @@ def _call(job: _Job) -> Any:
         )
         specs = [
             tiled((rows, width), lambda t: (row, split * steps + t), min(128, width), 8),
-            tiled((columns, step), lambda t: (column, split * steps + t), 2 * _PART if tiling.scale_first else 128, 16),
+            tiled((columns, step), lambda t: (column, split * steps + t), 128, 16),
             *[per_row] * (2 if job.has_zero else 1),
         ]
         if len(operands) > len(specs):
@@ -307,18 +307,17 @@ def _levels(packed: Any, element: Element, first: int, blocks: int) -> Any:
     return unpack(packed)
 
 
-def _weights(job: _Job, packed: Any, parameters: list[Any], part: int) -> Any:
-    """Scaled and rounded weights [64, 32] of a part of a step, as a product takes them."""
+def _weights(job: _Job, packed: Any, parameters: list[Any]) -> Any:
+    """Scaled and rounded weights [64, inputs of a step], as a product takes them."""
     from jax.experimental.mosaic import gpu as mgpu
 
     plgpu = _mosaic()
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
-    shape = plgpu.ShapeDtypeStruct((_ROWS, _PART), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    shape = plgpu.ShapeDtypeStruct((_ROWS, job.tiling.inputs), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
     kinds = (plgpu.Layout.WGMMA_8BIT, *[plgpu.RefType()] * len(parameters))
     of_block, of_thread = _BLOCK * job.per_byte, 4 * job.per_byte  # inputs
-    begin, blocks = part * _PART // of_block, _PART // of_block
 
     @plgpu.inline_mgpu(arg_types=kinds, return_type=shape)
     def scale(_: Any, codes: Any, *refs: Any) -> Any:
@@ -328,7 +327,7 @@ def _weights(job: _Job, packed: Any, parameters: list[Any], part: int) -> Any:
 
         def parameter(ref: int, half: int, block: int) -> Any:
             """Of the group that a thread's codes of a block lie in."""
-            first = (begin + block) * of_block
+            first = block * of_block
             key = (ref, half, first // min(job.group, of_block))
             if key not in known:
                 group = places.constant(first // job.group if job.tiling.inputs > job.group else 0)
@@ -347,7 +346,7 @@ def _weights(job: _Job, packed: Any, parameters: list[Any], part: int) -> Any:
             values = [parameter(ref, half, block) for ref in range(len(refs))]
             return llvm.inline_asm(i32, [pair, *values], lines, ",".join(["=r", "r", *["f"] * len(values)]))
 
-        return _assembled(codes.registers[:, begin : begin + blocks], job.element, scaled)
+        return _assembled(codes.registers, job.element, scaled)
 
     return scale(packed, *parameters)
 

@@ -173,10 +173,10 @@ def test_under_vmap_and_differentiation() -> None:
 
     with dispatch.override("interpret"):
         jaxpr = str(jax.make_jaxpr(jax.vmap(lambda x: dispatch.multiply_packed(x, q)))(x))
-        found = jax.vmap(lambda x: dispatch.multiply_packed(x, q))(x)
+        found: Any = jax.vmap(lambda x: dispatch.multiply_packed(x, q))(x)
         gradient = jax.grad(loss)(x[0])
         stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf, leaf]), q)
-        experts = jax.vmap(dispatch.multiply_packed)(x, stacked)
+        experts: Any = jax.vmap(dispatch.multiply_packed)(x, stacked)
     assert "[6,64]" in jaxpr  # 3 · 2 rows in one product
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
     np.testing.assert_allclose(experts, expected, rtol=1e-2, atol=1e-2)

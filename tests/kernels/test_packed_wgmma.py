@@ -22,8 +22,7 @@ def test_product(spec: str, batch: int) -> None:
     w = jax.random.normal(jax.random.key(0), (256, 1024)) ** 3
     q = quantize(w, scheme(spec))
     if not fits(q, batch):
-        assert q.scheme.tile(*q.matrix_shape)[1] < 64
-        assert batch <= 16
+        assert q.scheme.tile(*q.matrix_shape)[1] < 64 or (q.zero_planes is not None and batch > 256)
         return
     x = jax.random.normal(jax.random.key(1), (batch, 1024)).astype(jnp.bfloat16)
     if not dispatch.on_hopper():
