@@ -87,7 +87,7 @@ def _bytes_on_chip(tiling: Tiling, q: QTensor) -> int:
 def fits(q: QTensor, rows: int = _MANY) -> bool:
     """Whether the kernel reads such a weight: one plane of codes, groups of neighbours in a row.
 
-    Left to kernels/packed_matmul.py, or to XLA: groups shorter than 64 for up to 16 `rows` of x, where their scales keep
+    Left to packed_matmul.py, or to XLA: groups shorter than 64 for up to 16 `rows` of x, where their scales keep
     this one from being faster; and zero points of such groups, or with more than 256 rows.
     """
     if q.scheme.block is not None or q.groups is not None or q.ndim != 2 or not known(q.scheme.element):
