@@ -8,24 +8,30 @@ Floors: bytes that must be moved over the bandwidth of a copy, operations over t
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
 
-H100 (jax 0.11.2, 2026-11-26; copy 2,744 GB/s, bf16 766, int8 1,489, fp8 1,475 T/s), milliseconds:
+H100 (jax 0.11.2, 2026-11-26; copy 2,744 GB/s, bf16 766, int8 1,489, fp8 1,475 T/s), several runs, milliseconds. Rows
+with (H200) ran on one, whose memory is faster and whose cores are the same:
 
     work                                        took    floor     bar   what limits it
     Gram matrix 131072 × 4096                   4.34     5.74     8     (symmetry: 5/8 of the products)
-    GPTQ 4096 × 4096, range of the weights      7.0               13    Cholesky 2.1, rounding 1.8, products of TF32 × 3
-      … default, range by the output            17.3              13    the search of the range: 10, by XLA
-    GPTQ 4096 in, 14336 out                     13.2              16    products 4.9, rounding 2.7
-      … default                                 41.6              16    the search: 28
-    GPTQ 14336 in, 4096 out / default           57 / 86           190   Cholesky 32
+    GPTQ 4096 × 4096, range of the weights      7.1               13    Cholesky 2.1, rounding 1.8, products of TF32 × 3
+      … default, range by the output (H200)     7.9               13    the search of the range: 0.8
+    GPTQ 4096 in, 14336 out                     13.1              16    products 4.9, rounding 2.7
+      … default (H200)                          14.9              16    the search: 2.1 (35 by XLA)
+    GPTQ 14336 in, 4096 out                     57                190   Cholesky 32
     six schemes, 4096 in, 14336 out             6.02 × one        2.5   a factor is 5 % of a solution: nothing to share
     fake-quant int4 g128, 8192²                 0.096    0.098    0.108 memory
-    int4 product 8192², batch 1 / 16            .027 / .034  .013  .017 / .028   1.78, 1.63 × bf16 (the kernel 2.3, 1.8)
-    … batch 128 / 2048                          .086 / .516  .022 / .359  .061 / .430   decoding, and no overlap with it
-    nf4, mxfp4, nvfp4 product, batch 1          .036, .036, .038  .013  .032
+    int4 product 8192², batch 1                 .021     .013     .0196 2.62 × bf16: the kernel .016, sums and x's order .004
+      … batch 16 / 64 / 128 / 256               .024 / .028 / .038 / .059   2.37, 2.20, 1.62, 1.12 ×; bars 2.0 at 16, 1.0
+                                                                        at 128; decoding and products take turns
+      … batch 2048                              .463     .359     .436  0.85 ×: as above; without waiting for a product
+                                                                        before the next weights are decoded it would be
+                                                                        1.00, but then registers are overwritten
+    nf4 product, batch 1                        .029     .013     .025  two look-ups a weight
+    mxfp4, nvfp4 product, batch 1               .036, .038        .025  scales of short groups: Triton's kernel
     W8A8 int8 / fp8, 8192³                      1.29 / 1.33  .74  .87   codes and int32 sums through memory: not fused
-    a token of 8 blocks of 8B's shape           bf16 2.56, int4 2.73, int8 2.53   starting kernels
-    GPTQ of a model of 8B's shape               93 s              60 s  66 s of it the first block, which compiles (34 s
-                                                                        for reported errors, mended since); 0.81 each
+    a token of 8 blocks of 8B's shape           bf16 2.56, int4 2.73, int8 2.53   starting kernels; before this product
+    GPTQ of a model of 8B's shape (H200)        46.8 s   6.2 s    60 s  the first block 20, which compiles; then 0.79 each
+    training step (scripts/bench_qat.py), plain 29.9: int4 1.010 ×, W8A8 1.089 × (bars 1.02, 1.07; H200 1.071)
 """
 
 from __future__ import annotations
@@ -51,11 +57,13 @@ from jquant.kernels import dispatch
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
 from jquant.models.generate import generate
+from jquant.models.generate_batch import generate_batch
 from jquant.nn.linear import matmul_transposed
 from jquant.nn.w8a8 import W8A8Linear
 from jquant.ptq import gptq
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+PLOT: list[str] = []  # --plot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +83,10 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"of {','.join(WORKS)}")
+    parser.add_argument("--plot", help="where `crossover` writes its page (needs plotly)")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     arguments = parser.parse_args()
+    PLOT.extend([arguments.plot] if arguments.plot else [])
     chosen = list(WORKS) if arguments.only is None else arguments.only.split(",")
     device = measured(small=arguments.small)
     rates = ", ".join(f"{name} {rate / 1e12:.0f}e12" for name, rate in device.rates.items())
@@ -235,17 +245,6 @@ def packed(device: Device) -> None:
     side = device.side(8192)
     weights = [jax.random.normal(jax.random.key(i), (side, side), BF16) for i in range(3)]
 
-    def chained(batch: int, apply: Callable[[jax.Array, Any], jax.Array], operands: list[Any]) -> float:
-        x = jax.random.normal(jax.random.key(9), (batch, side), BF16)
-
-        def turn(_: Any, x: jax.Array) -> jax.Array:
-            for operand in operands:
-                x = (0.01 * apply(x, operand)).astype(BF16)
-            return x
-
-        loop = jax.jit(lambda x: jax.lax.fori_loop(0, 20, turn, x))
-        return once(lambda: loop(x)) / 20 / len(operands)
-
     def ours(x: jax.Array, q: QTensor) -> jax.Array:
         found = dispatch.multiply_packed(x, q)
         return matmul_transposed(x, jquant.dequantize(q, BF16)) if found is None else found
@@ -266,6 +265,19 @@ def packed(device: Device) -> None:
             row(f"{spec} product, {side}², batch {batch}", took, max(reading, multiplying), bar, note)
 
 
+def chained(batch: int, apply: Callable[[jax.Array, Any], jax.Array], operands: list[Any]) -> float:
+    """Seconds of a product among many that follow each other, the weights in turn."""
+    x = jax.random.normal(jax.random.key(9), (batch, operands[0].shape[1]), BF16)
+
+    def turn(_: Any, x: jax.Array) -> jax.Array:
+        for operand in operands:
+            x = (0.01 * apply(x, operand)).astype(BF16)
+        return x
+
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, 20, turn, x))
+    return once(lambda: loop(x)) / 20 / len(operands)
+
+
 def w8a8(device: Device) -> None:
     """The inputs quantized a token, multiplied as codes, scaled: against the product of codes alone."""
     side = device.side(8192)
@@ -281,26 +293,69 @@ def w8a8(device: Device) -> None:
 
 
 def inference(device: Device) -> None:
-    """Tokens of 8 blocks of Llama 3 8B's shape at batch 1, bfloat16 and packed."""
+    """Tokens of 8 blocks of Llama 3 8B's shape at batch 1 and 16, bfloat16 and packed."""
     prompt = np.arange(64) % 250
+    few, many = (2, 4) if device.small else (8, 72)
     for spec in (None, "int4:g128", "int8:channel", "fp8_e4m3:channel"):
         model = llama(device, 8)
         if spec is not None:
             jquant.quantize_layers(model, jquant.scheme(spec))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-        tokens = generate(model, prompt, max_tokens=8 if device.small else 64)
+        tokens = generate(model, prompt, max_tokens=many)
         for _ in range(2):
             next(tokens)
         start = time.perf_counter()
         count = len(list(tokens))
-        took = (time.perf_counter() - start) / count
-        row(
-            f"a token, 8 blocks of 8B's shape, {spec or 'bf16'}",
-            took,
-            held / device.bandwidth,
-            None,
-            f"{held / 1e9:.2f} GB",
-        )
+        took = {1: (time.perf_counter() - start) / count}
+
+        def batch_of(count: int, model: Decoder = model) -> float:
+            start = time.perf_counter()
+            generate_batch(model, [prompt.tolist()] * 16, max_tokens=count, stop=lambda *_: False, rows=16)
+            return time.perf_counter() - start
+
+        batch_of(few)
+        took[16] = (batch_of(many) - batch_of(few)) / (many - few)
+        for batch, seconds_ in took.items():
+            what = f"a token of {batch} rows, 8 blocks of 8B's shape, {spec or 'bf16'}"
+            row(what, seconds_, held / device.bandwidth, None, f"{batch / seconds_:.0f} tokens/s, {held / 1e9:.2f} GB")
+
+
+def crossover(device: Device) -> None:
+    """Products from packed int4 by the kernels, and decoded first, beside bfloat16, against the rows of x."""
+    side = device.side(8192)
+    weights = [jax.random.normal(jax.random.key(i), (side, side), BF16) for i in range(3)]
+    packed_ = [jquant.quantize(weight, jquant.scheme("int4:g128")) for weight in weights]
+
+    def kernel(x: jax.Array, q: QTensor) -> jax.Array:
+        found = dispatch.multiply_packed(x, q)
+        return decoded(x, q) if found is None else found
+
+    def decoded(x: jax.Array, q: QTensor) -> jax.Array:
+        return matmul_transposed(x, jquant.dequantize(q, BF16))
+
+    points: dict[str, list[tuple[int, float]]] = {"as dispatched": [], "decoded first": []}
+    for batch in (1, 16) if device.small else (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
+        plain = chained(batch, matmul_transposed, weights)
+        for name, apply in (("as dispatched", kernel), ("decoded first", decoded)):
+            points[name].append((batch, plain / chained(batch, apply, packed_)))
+        figures = ", ".join(f"{name} {found[-1][1]:.2f} ×" for name, found in points.items())
+        print(f"int4:g128 product, {side}², {batch:5d} rows, as fast as bf16: {figures}", flush=True)
+    if PLOT:
+        draw(points, PLOT[0])
+
+
+def draw(points: dict[str, list[tuple[int, float]]], path: str) -> None:
+    """Speed over bfloat16's against rows of x, as a page of plotly."""
+    from plotly import graph_objects
+
+    figure = graph_objects.Figure()
+    for name, found in points.items():
+        rows, ratios = zip(*found, strict=True)
+        figure.add_scatter(x=rows, y=ratios, name=name, mode="lines+markers")
+    figure.add_hline(y=1, line_dash="dot", annotation_text="bfloat16")
+    figure.update_layout(title="int4:g128 × bfloat16 product", yaxis_title="times as fast as bfloat16")
+    figure.update_xaxes(type="log", title="rows of x")
+    figure.write_html(path)
 
 
 WORKS: dict[str, Callable[[Device], None]] = {
@@ -310,6 +365,7 @@ WORKS: dict[str, Callable[[Device], None]] = {
     "fake-quant": fake_quant,
     "packed": packed,
     "w8a8": w8a8,
+    "crossover": crossover,
     "inference": inference,
     "pipeline": pipeline,
 }
