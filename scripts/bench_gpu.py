@@ -20,9 +20,9 @@ with (H200) ran on one, whose memory is faster and whose cores are the same:
     GPTQ 14336 in, 4096 out                     57                190   Cholesky 32
     six schemes, 4096 in, 14336 out             6.02 × one        2.5   a factor is 5 % of a solution: nothing to share
     fake-quant int4 g128, 8192²                 0.096    0.098    0.108 memory
-    int4 product 8192², batch 1                 .021     .013     .0196 2.62 × bf16: the kernel .016, sums and x's order .004
-      … batch 16 / 64 / 128 / 256               .024 / .028 / .038 / .059   2.37, 2.20, 1.62, 1.12 ×; bars 2.0 at 16, 1.0
-                                                                        at 128; decoding and products take turns
+    int4 product 8192², batch 1                 .021     .013     .0196 2.62 × bf16: kernel .016, sums and order .004
+      … batch 16 / 64 / 128 / 256               .024 .028 .038 .059     2.37, 2.20, 1.62, 1.12 × (bars 2.0 at 16, 1.0 at 128):
+                                                                        decoding and products take turns
       … batch 2048                              .463     .359     .436  0.85 ×: as above; without waiting for a product
                                                                         before the next weights are decoded it would be
                                                                         1.00, but then registers are overwritten
@@ -30,8 +30,8 @@ with (H200) ran on one, whose memory is faster and whose cores are the same:
     mxfp4, nvfp4 product, batch 1               .036, .038        .025  scales of short groups: Triton's kernel
     W8A8 int8 / fp8, 8192³                      1.29 / 1.33  .74  .87   codes and int32 sums through memory: not fused
     a token of 8 blocks of 8B's shape           bf16 2.56, int4 2.73, int8 2.53   starting kernels; before this product
-    GPTQ of a model of 8B's shape (H200)        46.8 s   6.2 s    60 s  the first block 20, which compiles; then 0.79 each
-    training step (scripts/bench_qat.py), plain 29.9: int4 1.010 ×, W8A8 1.089 × (bars 1.02, 1.07; H200 1.071)
+    GPTQ of a model of 8B's shape (H200)        46.8 s   6.2 s    60 s  first block 20 (compiling), then 0.79
+    training step (scripts/bench_qat.py), plain 29.9: int4 1.010 ×, W8A8 1.089 × (bars 1.02, 1.07; 1.071 on an H200)
 """
 
 from __future__ import annotations
