@@ -21,7 +21,7 @@ with (H200) ran on one, whose memory is faster and whose cores are the same:
     six schemes, 4096 in, 14336 out             6.02 × one        2.5   a factor is 5 % of a solution: nothing to share
     fake-quant int4 g128, 8192²                 0.096    0.098    0.108 memory
     int4 product 8192², batch 1                 .021     .013     .0196 2.62 × bf16: kernel .016, sums and order .004
-      … batch 16 / 64 / 128 / 256               .024 .028 .038 .059     2.37, 2.20, 1.62, 1.12 × (bars 2.0 at 16, 1.0 at 128):
+      … batch 16 / 64 / 128 / 256               .024 .028 .038 .059     2.37, 2.20, 1.62, 1.12 × (bars: 2.0, 1.0 at 128)
                                                                         decoding and products take turns
       … batch 2048                              .463     .359     .436  0.85 ×: as above; without waiting for a product
                                                                         before the next weights are decoded it would be
