@@ -20,6 +20,7 @@ from jquant.core.division import whole_ratio as core_whole_ratio
 from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
+from jquant.kernels.options import triton_options
 from jquant.kernels.rounding import whole_ratio
 
 Axis = Literal[-1, -2]
@@ -141,7 +142,7 @@ def _over_groups(
         out_shape=[jax.ShapeDtypeStruct(whole, dtype) for whole, _, dtype in results],
         interpret=plan.interpret,
         name="fake_quantize",
-        **_options(plan.interpret),
+        **triton_options(_WARPS, plan.interpret),
     )(*flat)
     if plan.axis == -1:
         found = [each[: operands[0].size // group] for each in found]
@@ -199,11 +200,3 @@ def _divide_by_reach(a: Array, element: Int) -> Array:
     near = jnp.maximum(a * jnp.float32(1 / element.reach), 0.0)
     remainder = (a - near * power) + near * (power - element.reach)
     return near + remainder * jnp.float32(1 / element.reach)
-
-
-def _options(interpret: bool) -> dict[str, Any]:
-    if interpret:
-        return {}
-    from jax.experimental.pallas import triton
-
-    return {"compiler_params": triton.CompilerParams(num_warps=_WARPS, num_stages=1)}

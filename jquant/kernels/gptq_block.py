@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
 from jquant.core.formats import Element, Float, Int
+from jquant.kernels.options import triton_options
 from jquant.kernels.rounding import divide, nearest_code, whole_ratio
 
 _ROWS, _WARPS = 32, 2  # on an H100 a column of 14336 rows takes 0.7 µs
@@ -76,7 +77,7 @@ def round_block(block: Block, element: Element, *, interpret: bool = False) -> R
         ],
         interpret=interpret,
         name="gptq_block",
-        **_options(interpret),
+        **triton_options(_WARPS, interpret),
     )(*tiles, block.share.T, block.root)
     return Rounded(errors[:, :out], codes[:, :out], loss[:out])
 
@@ -138,11 +139,3 @@ def _round(
         return code.astype(jnp.int32), (code - origin) * scale
     code, level = nearest_code(divide(column, scale), element)
     return code, level * scale
-
-
-def _options(interpret: bool) -> dict[str, Any]:
-    if interpret:
-        return {}
-    from jax.experimental.pallas import triton
-
-    return {"compiler_params": triton.CompilerParams(num_warps=_WARPS, num_stages=1)}

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32
 from jquant.core.formats import Element, Int
 from jquant.core.qtensor import QTensor
 from jquant.kernels.levels import known, levels
+from jquant.kernels.options import triton_options
 
 _SLOTS = 16  # rows of x are padded to at least so many: what a tensor core takes
 
@@ -108,7 +109,7 @@ def packed_matmul(
         out_shape=jax.ShapeDtypeStruct((tiling.splits, slots, out), jnp.float32),
         interpret=interpret,
         name="packed_matmul",
-        **_options(interpret, tiling),
+        **triton_options(tiling.warps, interpret),
     )(*operands, *shared)
     return jnp.sum(found[:, :batch], axis=0)
 
@@ -215,11 +216,3 @@ def _scaled(level: Array, scale: Array, zero: Array | None) -> Array:
     if zero is not None:
         spread = spread - zero[:, :, None]
     return (spread * scale[:, :, None]).astype(jnp.bfloat16).reshape(level.shape)
-
-
-def _options(interpret: bool, tiling: Tiling) -> dict[str, Any]:
-    if interpret:
-        return {}
-    from jax.experimental.pallas import triton
-
-    return {"compiler_params": triton.CompilerParams(num_warps=tiling.warps, num_stages=1)}

@@ -21,6 +21,7 @@ from jquant.core.qtensor import Parameters, parameters_of_range, tile_range
 from jquant.core.range_search import RangeSearch, count_of_tries, factor_of_step, shrunk
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Scheme
+from jquant.kernels.options import triton_options
 from jquant.kernels.rounding import nearest_code, to_whole
 
 _ROWS, _WARPS = 32, 2
@@ -92,7 +93,7 @@ def best_steps(
         out_shape=jax.ShapeDtypeStruct((groups, padded), jnp.int32),
         interpret=interpret,
         name="range_search",
-        **_options(interpret),
+        **triton_options(_WARPS, interpret),
     )(*operands)
     return found[:, :out]
 
@@ -131,11 +132,3 @@ def _decoded(x: Array, high: Array, low: Array | None, element: Element) -> Arra
         lowest, highest = element.lowest_code - element.offset, element.highest_code - element.offset
         return jnp.clip(to_whole(ratio), lowest, highest) * scale[None, :]
     return nearest_code(ratio, element)[1] * scale[None, :]
-
-
-def _options(interpret: bool) -> dict[str, Any]:
-    if interpret:
-        return {}
-    from jax.experimental.pallas import triton
-
-    return {"compiler_params": triton.CompilerParams(num_warps=_WARPS, num_stages=1)}
