@@ -46,6 +46,7 @@ def start(options: ProcessOptions) -> None:
         "the same --coordinator and --processes, and is its port open?"
     )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _keep_standard_output()
     try:
         jax.distributed.initialize(
             options.coordinator,
@@ -124,6 +125,14 @@ def _wait_for_coordinator(address: str, deadline: float) -> None:
                     "process 0 started there, and the port open?"
                 ) from error
         time.sleep(0.5)
+
+
+def _keep_standard_output() -> None:
+    """Ours alone: Gloo's C++ prints there who is connected, in the midst of results; that goes to standard error."""
+    sys.stdout.flush()
+    ours = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    os.dup2(2, 1)
+    sys.stdout = ours
 
 
 def _say_when_aborted(text: str) -> None:
