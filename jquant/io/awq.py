@@ -2,7 +2,7 @@
 
     qweight   int32 [in, out/8]          eight outputs a word, nibble i holding output ORDER[i]
     qzeros    int32 [groups, out/8]      likewise
-    scales    float16 [groups, out]
+    scales    float16 [groups, out]      GPTQModel also writes bfloat16, which is read, not written
 
 Symmetric weights have zeros of 8, and are read back as symmetric where all zeros of the checkpoint are 8.
 
@@ -22,6 +22,7 @@ from jquant.core.qtensor import QTensor
 from jquant.core.scales import FloatScale
 from jquant.core.scheme import Channel, Group, Scheme
 from jquant.io.packed_layer import (
+    HALF_SCALES,
     Arrays,
     PackedLayer,
     built,
@@ -73,7 +74,7 @@ def read_layer(
     """The layer that these tensors are. Raises InputError where they do not fit together."""
     qweight = required(arrays, "qweight", (np.int32,), 2, what)
     qzeros = required(arrays, "qzeros", (np.int32,), 2, what)
-    scales = required(arrays, "scales", (np.float16,), 2, what)
+    scales = required(arrays, "scales", tuple(HALF_SCALES), 2, what)
     columns, rows, groups = qweight.shape[0], qweight.shape[1] * 8, scales.shape[0]
     size = columns if config["group_size"] == -1 else config["group_size"]
     if size < 1 or size > columns or groups != -(-columns // size):
@@ -83,7 +84,7 @@ def read_layer(
     scheme = Scheme(
         element=Int(4),
         granularity=Channel() if config["group_size"] == -1 else Group(size),
-        scale=FloatScale("fp16"),
+        scale=HALF_SCALES[scales.dtype],
         zero_point="none" if symmetric else "integer",
     )
     codes = np.ascontiguousarray(_unpacked(qweight).T)

@@ -2,7 +2,7 @@
 
     qweight   int32 [in·b/32, out]       codes 0 … 2^b − 1, packed along the inputs
     qzeros    int32 [groups, out·b/32]   the codes of zero, packed along the outputs
-    scales    float16 [groups, out]
+    scales    float16 [groups, out]      of bfloat16 models also bfloat16, which is read, not written
     g_idx     int32 [in]                 the group of each input; with act-order in no particular order
 
 Version 1 ("gptq") stores zeros minus one, whole words at a time, where a 0 would borrow: it cannot hold one. Version 2
@@ -25,6 +25,7 @@ from jquant.core.scales import FloatScale
 from jquant.core.scheme import Channel, Group, Scheme
 from jquant.io.bit_stream import pack_words, unpack_words
 from jquant.io.packed_layer import (
+    HALF_SCALES,
     Arrays,
     PackedLayer,
     built,
@@ -83,7 +84,7 @@ def read_layer(arrays: Arrays, config: Mapping[str, Any], *, dtype: np.dtype, wh
     bits = config["bits"]
     qweight = required(arrays, "qweight", (np.int32,), 2, what)
     qzeros = required(arrays, "qzeros", (np.int32,), 2, what)
-    scales = required(arrays, "scales", (np.float16,), 2, what)
+    scales = required(arrays, "scales", tuple(HALF_SCALES), 2, what)
     columns, rows, groups = qweight.shape[0] * 32 // bits, qweight.shape[1], scales.shape[0]
     size = columns if config["group_size"] == -1 else config["group_size"]
     if size < 1 or size > columns or groups != -(-columns // size):
@@ -101,7 +102,7 @@ def read_layer(arrays: Arrays, config: Mapping[str, Any], *, dtype: np.dtype, wh
     scheme = Scheme(
         element=Int(bits),
         granularity=granularity,
-        scale=FloatScale("fp16"),
+        scale=HALF_SCALES[scales.dtype],
         zero_point="none" if symmetric else "integer",
     )
     order = arrays.get("g_idx")

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, from_codes
-from jquant.core.scales import StoredScale
+from jquant.core.scales import FloatScale, StoredScale
 from jquant.core.scheme import Channel, Group, Scheme
 
 Arrays = Mapping[str, np.ndarray]
-FLOAT_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+# Scales of GPTQ and AWQ: float16, which is what is written here; GPTQModel keeps those of a bfloat16 model as they are.
+HALF_SCALES = {np.dtype(np.float16): FloatScale("fp16"), np.dtype(ml_dtypes.bfloat16): FloatScale("bf16")}
 
 
 @dataclass(frozen=True, kw_only=True)

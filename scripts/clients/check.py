@@ -7,14 +7,17 @@ Differences are the largest over all logits, relative to the largest logit. Wher
 a tie rounds as the last bits of what comes before it fall, and one code shows in the logits: the bar is wider there.
 bitsandbytes multiplies 4-bit weights in bfloat16 on CPU, so there its own decoded weights are compared with ours
 instead. llama.cpp rounds inputs to 8 bits wherever weights are blocks: only of a float file are its logits those of
-exact arithmetic. GPTQ and AWQ need gptqmodel, which compiles for minutes when it first runs.
+exact arithmetic. GPTQModel rounds decoded weights to float16: so it is compared with our logits of weights rounded so,
+and then, set to decode in float32, with our logits; weights that it decodes, either way, are ours to the bit.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,9 @@ BARS = {
     "hf": 1e-4,
     "gguf": 1e-4,
     "bitsandbytes": 0.0,
-    "gptq": 2e-3,
-    "gptq_v2": 2e-3,
-    "awq": 2e-3,
+    "gptq": 1e-4,
+    "gptq_v2": 1e-4,
+    "awq": 1e-4,
 }
 QUANTIZED_INPUTS = 5e-2
 LLAMA_CPP = 6e-2  # of random weights: it rounds the inputs of every product to 8 bits
@@ -51,7 +54,11 @@ def main() -> int:
             continue
         client = CLIENTS.get(format)
         if client is not None and not _installed(client):
-            print(f"{case.name:60} {client} is not installed: not checked")
+            print(f"{case.name:60} {client} is not installed")
+            failed += 1
+            continue
+        if client == "gptqmodel":
+            failed += _gptqmodel(case, BARS[format])
             continue
         bar = QUANTIZED_INPUTS if case.name.count("-") > 3 and format == "compressed-tensors" else BARS[format]
         failed += _judge(case.name, _difference(case, format), bar)
@@ -78,14 +85,44 @@ def _difference(case: Path, format: str) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     decoded = _decoded_difference(case, model) if format == "bitsandbytes" else None  # a forward pass packs them anew
     tokens = torch.from_numpy(np.load(case / "tokens.npy")).long() if (case / "tokens.npy").exists() else TOKENS
-    with torch.no_grad():
-        theirs = model(tokens).logits.float().numpy()
+    theirs = _torch_logits(model, tokens)
     model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
     return _relative(theirs, case) if decoded is None else decoded
 
 
-def _relative(theirs: np.ndarray, case: Path) -> float:
-    ours = np.load(case / "logits.npy")
+def _gptqmodel(case: Path, bar: float) -> int:
+    import gptqmodel_client as client
+    from safetensors.torch import load_file
+
+    stored = load_file(case / "decoded" / "model.safetensors")
+    with redirect_stdout(io.StringIO()):  # it tells of its kernels
+        model = client.load(case)
+        layers = client.packed_layers(model)
+        ours = {name: stored[f"{name}.weight"] for name in layers}
+        rounded = _torch_logits(model, TOKENS)
+        apart = max(_apart(client.decoded(layer), ours[name].half()) for name, layer in layers.items())
+        client.in_float32(model)
+        exact = _torch_logits(model, TOKENS)
+        apart = max(apart, *(_apart(client.decoded(layer), ours[name]) for name, layer in layers.items()))
+        model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
+    failed = _judge(case.name, _relative(exact, case), bar)
+    failed += _judge(f"{case.name}, decoded weights", apart if len(layers) == 14 else np.inf, 0.0)
+    failed += _judge(f"{case.name}, in float16", _relative(rounded, case, "logits_float16.npy"), bar)
+    print(f"{'  and beside ours in float32':60} {_relative(rounded, case):.1e}")
+    return failed
+
+
+def _apart(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    return float((theirs.double() - ours.double()).abs().max()) if theirs.dtype == ours.dtype else np.inf
+
+
+def _torch_logits(model: Any, tokens: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model(tokens).logits.float().numpy()
+
+
+def _relative(theirs: np.ndarray, case: Path, file: str = "logits.npy") -> float:
+    ours = np.load(case / file)
     return float(np.abs(theirs - ours).max() / np.abs(ours).max())
 
 

@@ -15,18 +15,19 @@ import numpy as np
 from flax import nnx
 
 from jquant import qat
-from jquant.core.qtensor import quantize
+from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.data.blocks import text_windows
 from jquant.data.text import load_text
 from jquant.evaluation.perplexity import perplexity
 from jquant.io.tokenizer_gguf import tokenizer_from_gguf
-from jquant.models.checkpoint import open_checkpoint
+from jquant.models.checkpoint import Checkpoint, open_checkpoint
 from jquant.models.decoder import Decoder
 from jquant.models.export import export
 from jquant.models.generate import generate
 from jquant.models.gguf_export import export_gguf
 from jquant.models.save import save
+from jquant.nn.install import install, tensors_of
 from jquant.nn.matrices import layer_shapes
 from jquant.ptq.presets import find_recipe
 from jquant.ptq.recipe import one_rule
@@ -52,7 +53,9 @@ CASES: tuple[tuple[str, str, str | None], ...] = (
     *(("gptq", f"int{bits}:g32:fp16", None) for bits in (2, 3, 4, 8)),
     ("gptq", "int4:g32:fp16 act-order", None),
     ("gptq_v2", "int4:g32:asym:fp16", None),
+    ("gptq_v2", "int4:g32:asym:fp16 act-order", None),
     ("awq", "int4:g32:asym:fp16", None),
+    ("awq", "int4:g32:fp16", None),
 )
 # A second family has other tensors, whose names every format must find; all schemes are the first family's part.
 OF_ANOTHER_FAMILY: tuple[tuple[str, str, str | None], ...] = (
@@ -100,7 +103,7 @@ def main() -> None:
             else:
                 quantize_layers(model, scheme(spec.split()[0]))
             if spec.endswith("act-order"):
-                _shuffle_groups(model, make())
+                _shuffle_groups(model, make(), spec.split()[0])
             name = "-".join(filter(None, (make.__name__, format, spec, activation))).replace(":", "_").replace(" ", "_")
             native = folder / "native" / name
             save(model, native, tokenizer=byte_tokenizer())
@@ -110,9 +113,20 @@ def main() -> None:
             else:
                 export(checkpoint, folder / name, format=format)
             np.save(folder / name / "logits.npy", _logits(model))
+            if format in ("gptq", "gptq_v2", "awq"):
+                _write_decoded(model, checkpoint, folder / name)
     write_float(folder)
     write_sentencepiece(folder)
     write_smollm2(folder)
+
+
+def _write_decoded(model: Decoder, checkpoint: Checkpoint, folder: Path) -> None:
+    """What the packed weights decode to, and the logits where that is rounded to float16, as GPTQModel rounds it."""
+    export(checkpoint, folder / "decoded", format="hf")
+    rounded = open_checkpoint(folder / "decoded").model()
+    packed = {name: q for name, q in tensors_of(model).items() if isinstance(q, QTensor)}
+    install(rounded, {name: dequantize(q, jnp.float16).astype(jnp.float32) for name, q in packed.items()}, {})
+    np.save(folder / "logits_float16.npy", _logits(rounded))
 
 
 def write_sentencepiece(folder: Path) -> None:
@@ -173,8 +187,9 @@ def write_smollm2(folder: Path) -> None:
 
 
 def write_float(folder: Path) -> None:
-    """Float weights for `write_theirs.py`, with rows of whole blocks of 64."""
-    model = Decoder(dataclasses.replace(CONFIG, intermediate_size=128), rngs=nnx.Rngs(0))
+    """Float weights for `write_theirs.py`: inputs in whole blocks of 64, and outputs, as GPTQModel's AWQ asks."""
+    config = dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=128, head_dim=32)
+    model = Decoder(config, rngs=nnx.Rngs(0))
     save(model, folder / "native" / "tiny_model-float", tokenizer=byte_tokenizer())
     export(folder / "native" / "tiny_model-float", folder / "tiny_model-float", format="hf")
 
@@ -194,12 +209,12 @@ def _logits(model: Decoder) -> np.ndarray:
     return np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS))
 
 
-def _shuffle_groups(model: Decoder, source: Decoder) -> None:
+def _shuffle_groups(model: Decoder, source: Decoder, spec: str) -> None:
     """Groups of inputs in no order, as GPTQ with act-order leaves them."""
     for index, block in enumerate(model.blocks):
         weight = source.blocks[index].mlp.up_proj.weight.get_value()
         order = np.random.default_rng(index).permutation(np.arange(weight.shape[1]) // 32)
-        q = quantize(weight, scheme("int4:g32:fp16"), groups=jnp.asarray(order, jnp.int32))
+        q = quantize(weight, scheme(spec), groups=jnp.asarray(order, jnp.int32))
         block.mlp.up_proj.weight.set_value(q)
 
 

@@ -4,8 +4,7 @@
     CLIENT_PYTHON scripts/clients/write_theirs.py FLOAT DIR [TOOL …]
 
 FLOAT is a Hugging Face folder with float weights, which `write_cases.py` leaves as DIR/tiny_model-float. Each result
-is a folder DIR/theirs-TOOL-KIND with logits.npy in it, for `check_theirs.py`. GPTQModel compiles for minutes when it
-first runs.
+is a folder DIR/theirs-TOOL-KIND with logits.npy in it, for `check_theirs.py`.
 """
 
 from __future__ import annotations
@@ -32,13 +31,8 @@ def main() -> int:
     for name, (package, write) in TOOLS.items():
         if wanted and name not in wanted:
             continue
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is not installed: nothing of it is read")
-            continue
         write(source, folder)
-        print(f"{name}: {package} {version}", flush=True)
+        print(f"{name}: {package} {importlib.metadata.version(package)}", flush=True)
     return 0
 
 
@@ -67,7 +61,9 @@ def llm_compressor(source: Path, folder: Path) -> None:
 
 def gptqmodel(source: Path, folder: Path) -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with the default it does not start on two cores
+    import gptqmodel_client as client
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import AWQConfig
 
     texts = [" ".join(str(number * step) for number in range(40)) for step in range(1, 33)]
     for kind, options in {
@@ -75,12 +71,17 @@ def gptqmodel(source: Path, folder: Path) -> None:
         "int4-act_order": {"bits": 4, "sym": True, "desc_act": True},
         "int8": {"bits": 8, "sym": True},
         "int4-v2-asym": {"bits": 4, "sym": False, "format": "gptq_v2"},
+        "awq": {"bits": 4},
     }.items():
-        model = GPTQModel.load(str(source), QuantizeConfig(group_size=32, **options), device="cpu")
+        make = AWQConfig if kind == "awq" else QuantizeConfig
+        config = make(group_size=32, pack_impl="original", **options)  # the other packer is compiled first
+        model = GPTQModel.load(str(source), config, device="cpu")
         model.quantize(texts, batch_size=1)
         path = folder / f"theirs-gptqmodel-{kind}"
         model.save(str(path))
-        _finish(path, source, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu"))
+        loaded = client.load(path)
+        client.in_float32(loaded)
+        _finish(path, source, loaded)
 
 
 def bitsandbytes(source: Path, folder: Path) -> None:

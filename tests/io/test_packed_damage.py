@@ -87,6 +87,17 @@ def test_sound_layers_are_read(name: str) -> None:
     assert read(arrays, config).weight.shape == W.shape
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_scales_of_bfloat16(name: str) -> None:
+    """As GPTQModel writes them."""
+    arrays, config, read = CASES[name]()
+    half = {"scales": arrays["scales"].astype(jnp.bfloat16)}
+    q, rounded = read(arrays, config).weight, read({**arrays, **half}, config).weight
+    assert str(rounded.scheme) == "int4:g32:asym:bf16"
+    assert np.array_equal(rounded.codes(), q.codes())
+    assert np.array_equal(rounded.scales(), q.scales().astype(jnp.bfloat16).astype(jnp.float32))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_damage_is_named(name: str) -> None:
     rng = np.random.default_rng(sum(map(ord, name)))
