@@ -21,8 +21,9 @@ Measured:  SmolLM2-135M-Instruct, text pydoc (Python 3.11), 4 windows of 512 tok
     3      64      44.40 (1.22)     52.12 (1.27)     50.34 (1.25)     26.70 (0.578)    16.69 (0.229)
     2      64     426,704 (10.2)   12,524 (6.56)    19,092 (7.01)     3,750 (5.39)     40.27 (1.10)
 
-           awq+gptq at 3 bits, groups of 64 (--schemes int3:asym:fp16 --groups 64 --methods awq+gptq): 18.33 (0.242),
-           below awq but not below gptq; where awq also clips before gptq (its option clip: all), 20.42 (0.328)
+           awq+gptq at 3 bits, groups of 64 (--schemes int3:asym:fp16 --groups 64 --methods awq+gptq): 17.18 (0.226),
+           far below awq, and beside gptq within the noise (its KL is lower, its perplexity is not); with scales that
+           suit rounding to nearest, as behind awq alone, 18.33 (0.242); clipped before gptq as well, 20.42 (0.328)
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ with x̄ = mean |x| of a channel and w̄ = mean of |w| / max|w of its group| ove
 searched by the error of the output of the module around those layers; where that is the layer itself, the Gram matrix
 H of its input gives the error without data: tr(ΔW · H · ΔWᵀ). Then every group's range is shrunk where that lowers the
 error of its own contribution, Δw · H_gg · Δwᵀ, with the diagonal blocks of H; not where GPTQ follows, which chooses
-ranges itself.
+ranges itself. There r is the one with which GPTQ itself loses least: what rounding to nearest would gain by finer steps
+for some channels, GPTQ gains otherwise, and the steps of the others are worth more to it.
 
 Reference: Lin et al., 2306.00978, 3.2 (AutoAWQ: `_search_best_scale`, `_search_best_clip`), and SPEC 5. Departures:
 scales of 1 are a candidate too, so a place is never made worse; channels that calibration never saw keep scale 1;
@@ -17,7 +18,7 @@ expert has an r of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +37,7 @@ from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.product import PRECISION
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at
+from jquant.ptq import gptq, layer_programs
 from jquant.ptq.fold import Rewrite, fold, fold_gram, per_channel, weight_at
 from jquant.ptq.trial import Arguments, output_errors, some_inputs
 
@@ -54,12 +56,13 @@ class AWQConfig:
     clip_grid: int = 20  # ranges 1, 1 − 1/grid, …
     max_shrink: float = 0.5  # … above 1 − max_shrink
     search_tokens: int = 1024  # of the captured inputs, in whole calls
+    solved_grid: int = 5  # as `grid`, where GPTQ follows and is tried with each
 
     def __post_init__(self) -> None:
-        if min(self.grid, self.clip_grid, self.search_tokens) < 1:
+        if min(self.grid, self.clip_grid, self.search_tokens, self.solved_grid) < 1:
             raise InputError(
-                f"AWQ grid {self.grid}, clip_grid {self.clip_grid}, search_tokens {self.search_tokens}: "
-                "all must be at least 1"
+                f"AWQ grid {self.grid}, clip_grid {self.clip_grid}, search_tokens {self.search_tokens}, solved_grid "
+                f"{self.solved_grid}: all must be at least 1"
             )
         if self.clip not in ("rounded", "all", "none"):
             raise InputError(f"AWQ clip {self.clip!r}: it must be rounded, all or none")
@@ -110,13 +113,15 @@ def rewrite(
     for place in places:
         first = place.consumers[0]
         inside = place.parent in place.consumers
+        solved = not any(path in rounded for path in place.consumers) and seen.grams[first].matrix.ndim == 2
         found = search(
             block,
             place,
             jnp.asarray(seen.absmean[first]),
             schemes,
             inputs=seen.calls.get(place.parent, ()),
-            gram=seen.grams[first] if inside else None,
+            gram=seen.grams[first] if inside or solved else None,
+            solved=solved,
             config=config,
         )
         fold(block, place, found.scales)
@@ -143,6 +148,7 @@ def search(
     *,
     inputs: Sequence[Arguments] = (),
     gram: Gram | None = None,
+    solved: bool = False,
     config: AWQConfig | None = None,
 ) -> Rewrite:
     """Scales for one place of one block; `fold` applies them.
@@ -153,23 +159,28 @@ def search(
         absmean: mean |x| of every channel that reaches the consumers, [experts, channels] where they are experts.
         schemes: of the consumers that will be quantized, by path in the block.
         inputs: what the place's parent was called with; not needed where the parent is the consumer itself.
-        gram: of the consumer's input; needed there and only there.
+        gram: of the consumers' input; needed there, and where GPTQ follows.
+        solved: GPTQ follows, and is tried with each candidate.
         config: by default 20 values of r with duo scaling.
 
     Raises:
         InputError: none of the consumers is to be quantized, shapes disagree, or inputs or gram are missing.
     """
     config = AWQConfig() if config is None else config
+    config = replace(config, grid=config.solved_grid) if solved else config
     chosen = {path: schemes[path] for path in place.consumers if path in schemes}
     if not chosen:
         raise InputError(f"no layer behind {place.producer} is to be quantized: leave this place out")
     weights = tuple(weight_at(block, path) for path in chosen)
     mean = per_channel(absmean, block, place, jnp.nanmean)
     scales = _candidates(mean, weights, tuple(chosen.values()), config)
-    if place.parent in place.consumers:
+    if solved or place.parent in place.consumers:
         if gram is None:
             raise InputError(f"{place.parent}: its scales are searched with the Gram matrix of its input; give one")
-        errors = _output_errors(weights[0], gram.matrix, scales, chosen[place.parent])
+        if solved:
+            errors = _solved_errors(weights, gram, scales, tuple(chosen.values()))
+        else:
+            errors = _output_errors(weights[0], gram.matrix, scales, chosen[place.parent])
     else:
         errors = output_errors(block, place, some_inputs(inputs, config.search_tokens), scales, scaled_layer, chosen)
     return _best(place, scales, errors, config)
@@ -242,6 +253,24 @@ def _output_errors(w: Array, matrix: Array, scales: Array, scheme: Scheme) -> Ar
     w = w.astype(jnp.float32)
     errors = jax.lax.map(lambda each: _weighted_square(_rounded(w, each, scheme) - w, matrix), scales)
     return errors / _weighted_square(w, matrix)
+
+
+def _solved_errors(weights: tuple[Array, ...], gram: Gram, scales: Array, schemes: tuple[Scheme, ...]) -> Array:
+    """As `_output_errors`, of all layers together and after GPTQ: [candidates]."""
+    total = sum(_weighted_square(w.astype(jnp.float32), gram.matrix) for w in weights)
+    errors = []
+    for each in scales:
+        folded, lost = _fold_gram(gram, each), []
+        for w, scheme in zip(weights, schemes, strict=True):
+            solution = gptq.solve(w.astype(jnp.float32) * each, folded, scheme)
+            lost.append(_lost(w, layer_programs.decoded(solution.qtensor), each, gram.matrix))
+        errors.append(sum(lost) / total)
+    return jnp.stack(errors)
+
+
+@jax.jit
+def _lost(w: Array, value: Array, scales: Array, matrix: Array) -> Array:
+    return _weighted_square(value / scales - w.astype(jnp.float32), matrix)
 
 
 def _weighted_square(w: Array, matrix: Array) -> Array:

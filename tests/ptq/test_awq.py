@@ -15,9 +15,10 @@ from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
 from jquant.models.decoder import Decoder
-from jquant.ptq import awq, trial
+from jquant.ptq import awq, gptq, trial
 from jquant.ptq.awq import AWQConfig
 from jquant.ptq.fold import weight_at
+from tests.jitted import dequantize
 from tests.ptq.places import PARENTS, captured, loss_after_folding, model_with_outliers, place_of, quantized, rounded
 
 SCHEME = scheme("int4:g16:asym")
@@ -84,6 +85,33 @@ def test_losses_are_those_of_the_folded_block(model: Decoder, inputs: dict[str, 
         assert float(reported) == pytest.approx(real, rel=0.02)
     assert float(found.after) < 0.8 * float(found.before)
     assert 0 <= float(found.choice) < 1
+
+
+def test_before_gptq_the_scales_are_those_with_which_it_loses_least(
+    model: Decoder, inputs: dict[str, list[Any]]
+) -> None:
+    """Of all layers that read the input together; found again from codes and inputs."""
+    place = place_of(model, "attn")
+    rows = _rows(inputs["attn"])
+    gram, schemes = _gram(rows), dict.fromkeys(place.consumers, SCHEME)
+    absmean = jnp.asarray(np.abs(rows).mean(axis=0))
+    config = AWQConfig(solved_grid=3)
+    found = awq.search(model.blocks[0], place, absmean, schemes, gram=gram, solved=True, config=config)
+    weights = [np.asarray(weight_at(model.blocks[0], path)) for path in place.consumers]
+
+    def real(scales: np.ndarray) -> float:
+        folded = _gram(rows / scales)
+        values = [
+            dequantize(gptq.solve(jnp.asarray(w * scales), folded, SCHEME).qtensor, jnp.float32) / scales
+            for w in weights
+        ]
+        lost = sum(np.linalg.norm(rows @ (np.asarray(v) - w).T) ** 2 for v, w in zip(values, weights, strict=True))
+        return float(lost / sum(np.linalg.norm(rows @ w.T) ** 2 for w in weights))
+
+    assert float(found.before) == pytest.approx(real(np.ones(rows.shape[1])), rel=0.02)
+    assert float(found.after) == pytest.approx(real(np.asarray(found.scales)), rel=0.02)
+    assert float(found.after) <= float(found.before)
+    assert round(3 * float(found.choice), 3) in (0, 1, 2) or np.isnan(float(found.choice))
 
 
 def test_each_expert_has_a_ratio_of_its_own() -> None:
