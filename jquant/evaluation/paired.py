@@ -81,7 +81,7 @@ def degradation_interval(reference: Sequence[float], quantized: Sequence[float],
     found = bootstrap(np.stack([before, after], axis=1), statistic, seed=seed)
     if len(before) > 1 and not (before > after).any() and before.mean() > 0:
         unseen = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(before))
-        return Interval(found.low, max(found.high, unseen / float(before.mean())))
+        return Interval(found.low, max(found.high, min(1.0, unseen / float(before.mean()))))
     return found
 
 

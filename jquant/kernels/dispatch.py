@@ -134,9 +134,11 @@ def fake_quantize(
         return fused.fake_quantize(
             x, scheme, clipped=clipped, axis=axis, dtype=dtype, keep=keep, interpret=how == "interpret"
         )
-    turned = x if axis == -1 else x.swapaxes(-1, -2)
+    dtype = x.dtype if dtype is None else dtype
+    wide = x if dtype == x.dtype else x.astype(jnp.float32)  # or it would be rounded to the dtype of x first
+    turned = wide if axis == -1 else wide.swapaxes(-1, -2)
     value = ste.fake_quantize(turned, scheme, gradient=gradient, keep="mask" if keep == "input" else "input")
-    return (value if axis == -1 else value.swapaxes(-1, -2)).astype(x.dtype if dtype is None else dtype)
+    return (value if axis == -1 else value.swapaxes(-1, -2)).astype(dtype)
 
 
 @contextlib.contextmanager

@@ -120,14 +120,14 @@ def _over_groups(
     group = plan.scheme.tile(1, inputs)[1]
     if plan.axis == -1:
         rows, tile = _rows(operands[0].size // group, group)
-        folded, block, scales, grid = (rows, group), (tile, group), (rows, 1), (rows // tile,)
+        folded, block, grid = (rows, group), (tile, group), (rows // tile,)
+        scales, line = (rows, 1), (tile, 1)
         flat = [jnp.pad(x.reshape(-1, group), ((0, rows - x.size // group), (0, 0))) for x in operands]
     else:
         folded = (operands[0].size // group // shape[-1], group, shape[-1])
-        block, scales = (None, group, _columns(group)), (folded[0], 1, shape[-1])
-        grid = (folded[0], shape[-1] // _columns(group))
+        block, grid = (None, group, _columns(group)), (folded[0], shape[-1] // _columns(group))
+        scales, line = (folded[0], 1, shape[-1]), (None, 1, _columns(group))
         flat = [x.reshape(folded) for x in operands]
-    line = tuple(1 if whole == 1 else size for whole, size in zip(scales, block, strict=True))
 
     def spec(of: tuple[int | None, ...]) -> Any:
         # Blocks of a grid over rows, or over stretches of inputs and columns.

@@ -107,14 +107,16 @@ class WeightQuantizer(FakeQuantModule):
         if self.log_scale is None and self.rngs is None:
             rule = _STRAIGHT[self.gradient]
             return dispatch.fake_quantize(matrix, self.scheme, gradient=rule, axis=axis, dtype=dtype, keep="scale")
-        turned = matrix if axis == -1 else matrix.swapaxes(-1, -2)
+        dtype = matrix.dtype if dtype is None else dtype
+        wide = matrix if dtype == matrix.dtype else matrix.astype(jnp.float32)  # so as to be rounded once, at the end
+        turned = wide if axis == -1 else wide.swapaxes(-1, -2)
         if self.log_scale is not None:
             scale, zero = self.parameters()
             value = fake_quantize_learned(turned, scale, self.scheme, zero_point=zero)
         else:
             key = None if self.rngs is None else self.rngs()
             value = fake_quantize(turned, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
-        return (value if axis == -1 else value.swapaxes(-1, -2)).astype(matrix.dtype if dtype is None else dtype)
+        return (value if axis == -1 else value.swapaxes(-1, -2)).astype(dtype)
 
     def quantize(self, matrix: Float[Array, "*stack out in"]) -> QTensor:
         """The packed weight whose values are Ŵ, to nearest."""

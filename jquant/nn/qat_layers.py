@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import Token
+from jquant.kernels import dispatch
 from jquant.nn.fake_quant import FakeQuantModule, InputQuantizer, WeightQuantizer
 from jquant.nn.kernel_matrix import from_matrix, inputs_first, to_matrix, weight_name
 from jquant.nn.linear import ExpertLinear, Linear, grouped_matmul_transposed, matmul_transposed
@@ -93,8 +94,10 @@ class QATLayer(FakeQuantModule):
 
     def _with_weight(self) -> Any:
         kernel = getattr(self.layer, weight_name(self.layer)).get_value()
-        dtype = getattr(self.layer, "dtype", None)  # what the layer would cast its weight to
-        matrix = inputs_first(self.layer, kernel)
+        # What the layer would cast its weight to; one that is stored in fewer bits is rounded to these, as converted.
+        dtype = getattr(self.layer, "dtype", None) if kernel.dtype == jnp.float32 else None
+        # Only a kernel gains by it; in XLA's own code products would then sum in another order than a packed layer's.
+        matrix = None if dispatch.way() == "jnp" else inputs_first(self.layer, kernel)
         if matrix is not None:
             return with_weight(self.layer, self.weight_quantizer(matrix, axis=-2, dtype=dtype).reshape(kernel.shape))
         matrix = self.weight_quantizer(to_matrix(self.layer, kernel), dtype=dtype)

@@ -7,7 +7,7 @@ GPU waited. What runs is as without this: a program that is ready is found where
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
 import jax
@@ -45,23 +45,14 @@ class Ahead:
         if not self._enabled:
             return
         self._enabled = False
-        traced: dict[tuple[Stage, Path], list[Any]] = {}
-        replay: dict[Path, Any] = {}
-        for group in groups:
-            captured = traced_capture(block, group[:1], data.arguments(0), replay=replay)
-            traced["capture", group[0]] = [captured]
-            calls = captured.out_info[group[0]]
-            replay |= dict.fromkeys(group, calls)
-            traced["gram", group[0]] = _of_gram(module_at(block, group[0]), calls, data.mask(0))
-            for path in group:
-                traced["solve", path] = _of_solver(module_at(block, path), rules[path])
-        traced["output", ""] = [traced_output(block, data.arguments(0), replay=replay)]
-        self._compile(traced)
+        try:
+            self._compile(_traced(block, groups, rules, data))
+        except Exception:  # whatever it is, the work itself says what is wrong, and of which layer
+            return
 
     def wait(self, stage: Stage, path: Path = "") -> None:
         """Until the programs of a stage are ready: the one who calls would only compile them again."""
-        for future in self._pending.pop((stage, path), ()):
-            future.result()
+        wait(self._pending.pop((stage, path), ()))  # what failed here fails there, where it is understood
 
     def _compile(self, traced: Mapping[tuple[Stage, Path], Sequence[Any]]) -> None:
         executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
@@ -75,6 +66,24 @@ class Ahead:
                 futures.append(known[name])
             self._pending[key] = futures
         executor.shutdown(wait=False)
+
+
+def _traced(
+    block: nnx.Module, groups: Sequence[Sequence[Path]], rules: Mapping[Path, Rule], data: Data
+) -> dict[tuple[Stage, Path], list[Any]]:
+    """The programs of each stage."""
+    traced: dict[tuple[Stage, Path], list[Any]] = {}
+    replay: dict[Path, Any] = {}
+    for group in groups:
+        captured = traced_capture(block, group[:1], data.arguments(0), replay=replay)
+        traced["capture", group[0]] = [captured]
+        calls = captured.out_info[group[0]]
+        replay |= dict.fromkeys(group, calls)
+        traced["gram", group[0]] = _of_gram(module_at(block, group[0]), calls, data.mask(0))
+        for path in group:
+            traced["solve", path] = _of_solver(module_at(block, path), rules[path])
+    traced["output", ""] = [traced_output(block, data.arguments(0), replay=replay)]
+    return traced
 
 
 def _of_gram(layer: nnx.Module, calls: Sequence[Any], mask: Any) -> list[Any]:

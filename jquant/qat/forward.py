@@ -60,10 +60,11 @@ def _in_a_loop(
 ) -> tuple[list[Array], list[Any]]:
     """One loop for each stretch of blocks that are alike."""
     states, changed = [], []
+    kinds = [_kind(*each) for each in zip(parts, contexts, strict=True)]
     begin = 0
     while begin < len(parts):
         end = begin + 1
-        while end < len(parts) and _kind(parts[end]) == _kind(parts[begin]):
+        while end < len(parts) and kinds[end] == kinds[begin]:
             end += 1
         found, rests = _stretch(parts[begin:end], contexts[begin:end], x, mesh, remat=remat)
         x = found[-1]
@@ -104,11 +105,11 @@ def _stacked(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _kind(part: Any) -> Any:
+def _kind(part: Any, context: Any) -> Any:
     """What must be equal for blocks to be turns of one loop."""
     graphdef, *states = part
-    leaves, structure = jax.tree.flatten(states)
-    return graphdef, structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    leaves, structure = jax.tree.flatten((states, context))
+    return graphdef, structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
 # Under jit of its own, so that the blocks of a model, whose graphdefs are equal, are traced and differentiated once.

@@ -57,6 +57,7 @@ def test_no_loss_among_few_items_proves_little() -> None:
     right = [1.0] * 20
     assert degradation_interval(right, right) == (0.0, pytest.approx(1 - 0.025 ** (1 / 20)))
     assert degradation_interval([1.0] * 2000, [1.0] * 2000).high < 0.002
+    assert degradation_interval([1, 0, 0, 0], [1, 1, 1, 0]).high == 1.0  # no more than everything can be lost
     assert all(map(math.isnan, degradation_interval([1.0], [1.0])))
 
 

@@ -44,7 +44,15 @@ def test_value_and_gradient(spec: str, dtype: str) -> None:
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_of_masters_either_way_round(spec: str, axis: Literal[-1, -2]) -> None:
     """float32 in, bfloat16 out, a stack of matrices, groups along rows or columns."""
-    shape = (2, 256, 512)
+    _check_rounding_of_masters((2, 256, 512), spec, axis)
+
+
+def test_of_one_group_of_columns() -> None:
+    """As in nnx.Linear of no more inputs than a group."""
+    _check_rounding_of_masters((64, 128), "int4:channel", -2)
+
+
+def _check_rounding_of_masters(shape: tuple[int, ...], spec: str, axis: Literal[-1, -2]) -> None:
     x, cotangent, chosen = _operands(shape, "float32"), _operands(shape, "bfloat16", seed=1), scheme(spec)
     if not fits(chosen, x.shape, x.dtype, axis):
         assert (spec, axis) == ("int2:g16", -1)

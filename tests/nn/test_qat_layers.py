@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jquant import qat
 from jquant.core.scheme import scheme
+from jquant.kernels import dispatch
 from jquant.nn.fake_quant import FakeQuantParam, InputQuantizer, ObserverState, WeightQuantizer
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.qat_layers import QATLayer, QATLinear
@@ -347,6 +348,26 @@ def test_bfloat16_computes_on_weights_quantized_from_float32(kind: str) -> None:
     for name, gradient in jax.jit(jax.grad(loss))(parts.trained).items():
         assert gradient.dtype == jnp.float32, name
         assert np.any(gradient != 0), name
+
+
+def test_layers_that_compute_in_more_bits_than_they_store() -> None:
+    """Values are rounded to what is stored, by kernels too: packed layers give the outputs of training."""
+    for mode in ("jnp", "interpret"):
+        layer = nnx.Linear(64, 128, param_dtype=jnp.bfloat16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        model, x = Holder(layer), jax.random.normal(jax.random.key(0), (3, 64))
+        qat.prepare(model, qat.one_rule("int4:g32", layers=("layer",)), announce=_quiet)
+        with dispatch.override(mode):
+            trained = _forward(model, x)
+            assert np.array_equal(_forward(qat.convert(model), x), trained), mode
+
+
+def test_weights_are_rounded_once_to_the_dtype_asked_for() -> None:
+    matrix, chosen = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16), scheme("int4:g32")
+    expected = dequantize(quantize(matrix, chosen), jnp.float32)
+    for mode in ("jnp", "interpret"):
+        with dispatch.override(mode):
+            found = dispatch.fake_quantize(matrix, chosen, dtype=jnp.float32)
+            assert np.array_equal(found, expected), mode
 
 
 def test_gradual_bits_keep_the_range() -> None:

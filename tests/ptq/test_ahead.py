@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jquant.core.errors import InputError
 from jquant.ptq import ahead
 from jquant.ptq.pipeline import quantize_model
 from jquant.ptq.recipe import Recipe, Rule, Step
@@ -42,3 +43,12 @@ def test_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         assert threads, name
         assert all(str(thread).startswith("compile") for thread in threads), name
     assert [layer.error for layer in found.layers] == [layer.error for layer in expected.layers]
+
+
+def test_what_cannot_be_traced_is_refused_by_the_work_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the message that names the layer."""
+    monkeypatch.setattr(ahead, "on_cpu", lambda: False)
+    recipe = Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme="int4:g32", method=Step("gptq", ())),))
+    tokens, mask = np.zeros((2, 8), np.int32), np.ones((2, 7), bool)
+    with pytest.raises(InputError, match=r"blocks\.0\.attn\.q_proj: a mask of \(2, 7\)"):
+        quantize_model(tiny_model(layers=1), recipe, [tokens], masks=[mask])

@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jquant.core.errors import InputError
 from jquant.nn.mesh import make_mesh
-from jquant.nn.placement import parameter_shardings
+from jquant.nn.placement import parameter_shardings, place_module
 from jquant.qat.config import QATConfig
+from jquant.qat.forward import block_states
 from jquant.qat.losses import next_token_loss
 from jquant.qat.sharding import spread_rows, train_state_shardings
 from jquant.qat.state import TrainState, split
@@ -92,6 +93,47 @@ def test_blocks_are_gathered_one_at_a_time() -> None:
         block = sum(leaf.size * 4 for leaf in jax.tree.leaves(nnx.state(model.blocks[0])))
     # Blocks written out one after another grew it by 1.3 of a block each; here it is 0.4.
     assert (found[1] - found[0]) / 4 < 0.75 * block
+
+
+class Uneven(nnx.Module):
+    """Blocks of one structure that are given contexts of several."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(16, 8, rngs=rngs)
+        self.blocks = nnx.List([UnevenBlock(rngs) for _ in range(4)])
+
+    def contexts(self, length: int) -> list[Any]:
+        gain = jnp.linspace(0.5, 2.0, length)[:, None]
+        return [None, {"gain": gain}, {"gain": gain}, {"gain": gain[:1]}]
+
+
+class UnevenBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: Any) -> jax.Array:
+        return x + jnp.tanh(self.layer(x)) * (1.0 if context is None else context["gain"])
+
+
+def test_blocks_may_be_given_contexts_of_several_kinds() -> None:
+    mesh, tokens = make_mesh("fsdp=8"), jnp.arange(24).reshape(8, 3) % 16
+    assert mesh is not None
+
+    @nnx.jit
+    def states(model: Any) -> list[jax.Array]:
+        return block_states(model, tokens, remat=False)
+
+    @nnx.jit
+    def spread(model: Any) -> list[jax.Array]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return block_states(model, tokens, remat=False)
+
+    model = Uneven()
+    expected = states(model)
+    place_module(model, mesh)
+    for found, wanted in zip(spread(model), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_refused() -> None:
