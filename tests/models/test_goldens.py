@@ -12,6 +12,7 @@ from flax import nnx
 
 from jquant.core.scheme import scheme
 from jquant.models import generate as generation
+from jquant.models import split as splitting
 from jquant.models.checkpoint import load_model
 from jquant.models.decoder import Decoder
 from jquant.models.save import save
@@ -49,12 +50,12 @@ def test_the_cache_gives_the_same_logits(family: str, monkeypatch: pytest.Monkey
 
     Blocks in runs of two a program, as on a GPU in runs of more; alone they are in every other test.
     """
-    monkeypatch.setattr(generation, "_run_length", lambda: 2)
+    monkeypatch.setattr(splitting, "run_length", lambda: 2)
     recorded = np.load(GOLDENS / family / "golden.npz")
     tokens, expected = recorded["tokens"][0], recorded["logits"][0]
     model = load_model(GOLDENS / family)
     capacity = 128
-    split, caches = generation._split(model), generation._empty_caches(model, capacity)
+    split, caches = splitting.split(model), generation._empty_caches(model, capacity)
     hidden, caches = generation._feed_prompt(split, tokens[:70], caches, capacity)
     found = [apply(model.head, hidden)[0]]
     for position in range(70, len(tokens)):

@@ -17,14 +17,13 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.evaluation import scoring
-from jquant.models import generate
+from jquant.models import generate, split
 from jquant.models.checkpoint import open_checkpoint
 from jquant.models.decoder import Decoder
 from jquant.nn import protocol
 from jquant.nn.mesh import make_mesh, mesh_of, mesh_text, parse_mesh
 from jquant.nn.placement import copied, fetched, place_module, placed, spread_batch
-from jquant.ptq import block as ptq_block
-from jquant.ptq import gptq
+from jquant.ptq import gptq, layer_programs
 from jquant.ptq.rtn import quantize_layers
 from tests.tiny_checkpoint import tiny_model, write
 
@@ -86,21 +85,21 @@ def test_a_forward_pass_gathers_no_weight(spec: str | None) -> None:
     context = copied(model.contexts(TIME)[0], mesh)
     x = protocol.apply(model.embed, tokens)
     scored = spread_batch(np.ones((2, TIME - 1), bool), mesh)
-    parts = {name: nnx.split(part) for name, part in (("embed", model.embed), ("block", model.blocks[0]))}
+    pieces = {name: nnx.split(part) for name, part in (("embed", model.embed), ("block", model.blocks[0]))}
     head, state = nnx.split(model.head)
     programs = {
-        "embed": protocol._apply.lower(*parts["embed"], tokens),
-        "block": protocol._apply.lower(*parts["block"], x, context),
+        "embed": protocol._apply.lower(*pieces["embed"], tokens),
+        "block": protocol._apply.lower(*pieces["block"], x, context),
         "head": scoring._score_rows.lower(head, None, state, None, x, None, tokens, scored),
     }
-    split, caches = generate._split(model), tuple(generate._empty_caches(model, 256))
+    parts, caches = split.split(model), tuple(generate._empty_caches(model, 256))
     kinds = model.config.is_windowed()[:1]
     hidden, contexts = generate._embed(
-        split.embed.module, model.config, 256, split.embed.leaves, np.zeros((1, 1), np.int32), np.int32(0)
+        parts.embed.module, model.config, 256, parts.embed.leaves, np.zeros((1, 1), np.int32), np.int32(0)
     )
-    run = split.runs[0]
+    run = parts.runs[0]
     programs["step"] = generate._step.lower(
-        run.module, kinds, run.leaves, hidden, contexts, caches[:1], split.cache_place
+        run.module, kinds, run.leaves, hidden, contexts, caches[:1], parts.cache_place
     )
     for name, program in programs.items():
         assert not weights & set(_moved(program.compile().as_text())), name
@@ -111,21 +110,21 @@ def test_statistics_are_summed_and_rows_solved_apart() -> None:
     mesh, rng = mesh_for(), np.random.default_rng(0)
     weight = placed("blocks.0.q_proj.weight", rng.normal(size=(2048, 64)).astype(np.float32), mesh)
     x = spread_batch(rng.normal(size=(4, TIME, 64)).astype(np.float32), mesh)
-    update = ptq_block._update.lower(gram.init(64), x, None).compile().as_text()
+    update = layer_programs.update.lower(gram.init(64), x, None).compile().as_text()
     assert update is not None
     assert len(re.findall(r"= \S+ all-reduce\(", update)) == 1
     assert not set(_moved(update))
-    statistics = ptq_block._finalize(ptq_block._update(gram.init(64), x, None))
+    statistics = layer_programs.finalize(layer_programs.update(gram.init(64), x, None))
     config, spec = gptq.GPTQConfig(), scheme("int4:g32:asym")
     factor = gptq.factorize(statistics, config=config)
     solve = gptq._solve.lower(weight, factor, spec, config, "jnp")
     found = gptq._solve(weight, factor, spec, config, "jnp").qtensor
     programs = [
         solve,
-        ptq_block._rounded.lower(weight, spec),
-        ptq_block._difference.lower(weight, found),
-        ptq_block._squares.lower(weight, statistics),
-        ptq_block._decoded.lower(found),
+        layer_programs._rounded.lower(weight, spec),
+        layer_programs._difference.lower(weight, found),
+        layer_programs._squares.lower(weight, statistics),
+        layer_programs.decoded.lower(found),
     ]
     for program in programs:
         assert not list(_moved(program.compile().as_text()))
