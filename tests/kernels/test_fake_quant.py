@@ -128,4 +128,5 @@ def test_layers_in_training_use_it() -> None:
             found = trained(nnx.clone(layer))
         assert "fake_quantize" in found[0]
         for one, other in zip(found[1], expected[1], strict=True):
-            np.testing.assert_array_equal(one, other)
+            # Gradients come out of products in bfloat16; where it may, XLA keeps the bits that this rounds away.
+            np.testing.assert_array_equal(one.astype(jnp.bfloat16), other.astype(jnp.bfloat16))
