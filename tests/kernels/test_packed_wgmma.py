@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jquant.core.formats import Codebook
 from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.kernels import dispatch
@@ -32,7 +33,9 @@ def test_product(spec: str, batch: int) -> None:
     value = dequantize(q, jnp.bfloat16 if tiling_of(batch, q).scale_first else jnp.float32).astype(jnp.float32)
     expected = jnp.matmul(x.astype(jnp.float32), value.T, precision="highest")
     found = jax.jit(packed_matmul)(x, q)
-    np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))))
+    # Levels of codebooks are rounded to bfloat16 before their products are summed; all others are exact in it.
+    error = 4e-3 if isinstance(q.scheme.element, Codebook) else 2e-5
+    np.testing.assert_allclose(found, expected, atol=error * float(jnp.max(jnp.abs(expected))))
 
 
 def test_order_of_x() -> None:
