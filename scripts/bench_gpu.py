@@ -10,7 +10,7 @@ a row, so that the host is not what is measured. scripts/bench_qat.py has the tr
 
 H100 (jax 0.11.2, 2026-11-26; copy 2,744 GB/s, bf16 766, int8 1,489, fp8 1,475 T/s), several runs, milliseconds. Rows
 with (H200) ran on one, whose memory is faster and whose cores are the same. Not run again since: GPTQ's solutions,
-whose products are now cuBLAS's (3 % slower in the one case measured), and fake-quant, whose kernel now takes either axis:
+whose products are now cuBLAS's (3 % slower in the one case measured); fake-quant, whose kernel takes either axis now:
 
     work                                        took    floor     bar   what limits it
     Gram matrix 131072 × 4096                   4.34     5.74     8     (symmetry: 5/8 of the products)
