@@ -56,7 +56,7 @@ class AWQConfig:
     clip_grid: int = 20  # ranges 1, 1 − 1/grid, …
     max_shrink: float = 0.5  # … above 1 − max_shrink
     search_tokens: int = 1024  # of the captured inputs, in whole calls
-    solved_grid: int = 5  # as `grid`, where GPTQ follows and is tried with each
+    solved_grid: int = 5  # as `grid`, where GPTQ follows and is tried, by its defaults, with each
 
     def __post_init__(self) -> None:
         if min(self.grid, self.clip_grid, self.search_tokens, self.solved_grid) < 1:
