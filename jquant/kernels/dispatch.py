@@ -19,14 +19,15 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, BFloat16, Float, Float32
 
 from jquant.core import ste
 from jquant.core.errors import InputError
+from jquant.core.formats import Element, Int
 from jquant.core.qtensor import QTensor, dequantize
-from jquant.core.scheme import Scheme
+from jquant.core.scheme import Channel, Scheme, Tensor
 from jquant.kernels import fake_quant as fused
-from jquant.kernels import packed_wgmma
+from jquant.kernels import packed_wgmma, quantize_rows, w8a8_wgmma
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
 # Up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py).
@@ -70,6 +71,56 @@ def _kernel_for(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | No
     if how == "jnp" or rows > FEW_ROWS or not fits(q):
         return None
     return partial(packed_matmul, interpret=how == "interpret")
+
+
+def multiply_as_codes(
+    x: Float[Array, "rows in"], weight: QTensor, activation: Scheme, bias: Float[Array, " out"] | None = None
+) -> BFloat16[Array, "rows out"] | None:
+    """x̂ · dequantize(weight)ᵀ + bias of x quantized a row, as codes, by kernels; None where there are none.
+
+    No gradient: codes have none. Under vmap over x all rows go into one product.
+    """
+    inputs = x.shape[-1]
+    if x.dtype != jnp.bfloat16 or way() != "kernel" or not on_hopper() or not _multiplies(weight, activation):
+        return None
+    if not (quantize_rows.fits(activation, inputs, x.dtype) and w8a8_wgmma.fits(len(x), weight.shape[0], inputs)):
+        return None
+    return _as_codes(activation, jax.lax.stop_gradient(x), weight, bias)
+
+
+def _multiplies(weight: QTensor, activation: Scheme) -> bool:
+    """Whether the tensor cores take the codes of both as they are: int8 of eight bits, or fp8 e4m3."""
+    elements: tuple[Element, Element] = (weight.scheme.element, activation.element)
+    integers = all(isinstance(each, Int) and each.bits == 8 for each in elements)
+    if not integers and not all(each.name == "fp8_e4m3" for each in elements):
+        return False
+    plain = weight.scheme.zero_point == "none" and weight.groups is None and weight.ndim == 2
+    return plain and isinstance(weight.scheme.granularity, Channel | Tensor)
+
+
+def _as_codes(activation: Scheme, x: Array, weight: QTensor, bias: Array | None) -> Array:
+    @jax.custom_batching.custom_vmap
+    def product(x: Array, weight: QTensor, bias: Array | None) -> Array:
+        codes, scales = quantize_rows.quantize_rows(x, activation)
+        packed = weight.planes[0]
+        packed = packed if codes.dtype == jnp.int8 else jax.lax.bitcast_convert_type(packed, codes.dtype)
+        of_rows = jnp.broadcast_to(weight.scales()[:, 0], (len(packed),))
+        wide = None if bias is None else bias.astype(jnp.float32)
+        return w8a8_wgmma.matmul(codes, packed, scales, of_rows, wide)
+
+    @product.def_vmap
+    def batch(size: int, batched: Any, x: Array, *others: Any) -> tuple[Array, bool]:
+        if any(jax.tree.leaves(batched[1:])):
+            x = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
+            stacked = jax.tree.map(
+                lambda leaf, is_: leaf if is_ else jnp.broadcast_to(leaf, (size, *leaf.shape)),
+                others,
+                tuple(batched[1:]),
+            )
+            return jax.lax.map(lambda each: product(*each), (x, *stacked)), True
+        return product(x.reshape(-1, x.shape[-1]), *others).reshape(size, x.shape[1], -1), True
+
+    return product(x, weight, bias)
 
 
 def _decode_and_multiply(x: Array, q: QTensor) -> Array:

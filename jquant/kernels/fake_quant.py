@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jquant.core.division import whole_ratio as core_whole_ratio
+from jquant.core.formats import Float as FloatElement
 from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
@@ -183,12 +184,16 @@ def _backward(element: Any, axis: int, x: Any, cotangent: Any, out: Any) -> None
 
 def _scale(values: Float32[Array, "..."], element: Int, axis: int) -> Float32[Array, "..."]:
     """amax / reach along the axis, which stays with a length of 1, correctly rounded; 1 for a group of zeros."""
-    largest = jnp.max(jnp.abs(values), axis=axis, keepdims=True)
-    found = _divide_by_reach(largest, element)
+    return scale_of(jnp.max(jnp.abs(values), axis=axis, keepdims=True), element)
+
+
+def scale_of(peak: Float32[Array, "..."], element: Int | FloatElement) -> Float32[Array, "..."]:
+    """peak / reach, correctly rounded; 1 where that counts as zero."""
+    found = _divide_by_reach(peak, element)
     return jnp.where(found < SMALLEST_SCALE, jnp.float32(1), found)
 
 
-def _divide_by_reach(a: Array, element: Int) -> Array:
+def _divide_by_reach(a: Array, element: Int | FloatElement) -> Array:
     """a / reach for a ≥ 2^-100, correctly rounded, in few operations; below, to a unit or two.
 
     The reach is a power of two less another one: with p = 2^k and t = p − reach, the remainder a − q·reach = (a − q·p)

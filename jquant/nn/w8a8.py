@@ -7,7 +7,8 @@ scale of all tokens together found at inference is not offered: what a token giv
 
 Sums of integers are exact everywhere. Those of fp8 are float32's on CPU; tensor cores keep fewer bits of them (H100,
 jax 0.11.2: 1.2e-4 off in relative norm over 576 inputs). On CPU, too, XLA multiplies int8 as fast as it does float32
-(jax 0.10.2: 512×1536×576 in 6 ms against 9), so there is one path for all backends.
+(jax 0.10.2: 512×1536×576 in 6 ms against 9). On Hopper kernels quantize and multiply (kernels/w8a8_wgmma.py); all
+else is one path for all backends.
 
 Reference: SmoothQuant (Xiao et al., 2211.10438), 2 and 5; SPEC 6. Conventions of the codes are those of `quantize`.
 """
@@ -24,6 +25,7 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int as IntElement
 from jquant.core.qtensor import QTensor, choose_parameters, quantize
 from jquant.core.scheme import Channel, Scheme, Tensor, Token
+from jquant.kernels import dispatch
 from jquant.nn.linear import ExpertLinear, Linear, Quantized
 from jquant.nn.product import PRECISION
 
@@ -73,11 +75,16 @@ class W8A8Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch out"]:
         """The product in `dtype`; by default in that of x."""
         rows = x.reshape(-1, x.shape[-1])
-        codes = quantize_input(rows, self.activation, _value(self.input_scale), _value(self.input_zero_point))
-        product = multiply(codes, self.weight.get_value())
-        if self.bias is not None:
-            product = product + self.bias.get_value().astype(jnp.float32)
-        return product.astype(x.dtype if dtype is None else dtype).reshape(*x.shape[:-1], -1)
+        dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+        bias = None if self.bias is None else self.bias.get_value()
+        product = None
+        if dtype == jnp.bfloat16:
+            product = dispatch.multiply_as_codes(rows, self.weight.get_value(), self.activation, bias)
+        if product is None:
+            codes = quantize_input(rows, self.activation, _value(self.input_scale), _value(self.input_zero_point))
+            product = multiply(codes, self.weight.get_value())
+            product = product if bias is None else product + bias.astype(jnp.float32)
+        return product.astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 class W8A8ExpertLinear(nnx.Module):
@@ -140,7 +147,7 @@ def quantize_input(
 
 def multiply(x: QTensor, weight: QTensor) -> Float32[Array, "rows out"]:
     """dequantize(x) · dequantize(weight)ᵀ, multiplied as codes; of integers only the scaling rounds."""
-    codes, weights = _narrow(x), _narrow(weight)
+    codes, weights = narrow_codes(x), narrow_codes(weight)
     kind = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
     last = (((1,), (1,)), ((), ()))
     total = jax.lax.dot_general(codes, weights, last, precision=PRECISION, preferred_element_type=kind)
@@ -152,7 +159,7 @@ def multiply(x: QTensor, weight: QTensor) -> Float32[Array, "rows out"]:
 
 def grouped_multiply(x: QTensor, weight: QTensor, counts: Int[Array, " experts"]) -> Float32[Array, "rows out"]:
     """`multiply` for rows sorted by expert, each with the matrix of its expert."""
-    codes, weights = _narrow(x), _narrow(weight)
+    codes, weights = narrow_codes(x), narrow_codes(weight)
     kind = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
     total = jax.lax.ragged_dot(
         codes, weights.swapaxes(-1, -2), counts.astype(jnp.int32), precision=PRECISION, preferred_element_type=kind
@@ -164,7 +171,7 @@ def grouped_multiply(x: QTensor, weight: QTensor, counts: Int[Array, " experts"]
     return total.astype(jnp.float32) * x.scales() * weight.scales()[..., 0][expert]
 
 
-def _narrow(q: QTensor) -> Array:
+def narrow_codes(q: QTensor) -> Array:
     """Codes in the dtype that is multiplied: int8 with zero at 0, or fp8. Asymmetric ones are shifted to fit."""
     element, codes = q.scheme.element, q.codes()
     if isinstance(element, IntElement):
