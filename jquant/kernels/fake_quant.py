@@ -8,6 +8,7 @@ of the last two axes, float32 scales: what training uses most; all else stays wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,8 @@ from jquant.kernels.rounding import whole_ratio
 Axis = Literal[-1, -2]
 Keep = Literal["input", "scale"]
 _ELEMENTS, _WARPS = 4096, 8  # of a program; on an H100 as fast as a copy
+_HIGHEST = 256  # of a group in columns that is on chip at once; a taller one is read twice, from the L2 cache then
+_TALL, _SHORTEST = 8192, 64  # elements of it that are on chip; rows that are worth it
 
 
 class Plan(NamedTuple):
@@ -49,9 +52,14 @@ def fits(scheme: Scheme, shape: tuple[int, ...], dtype: DTypeLike, axis: Axis = 
         return False
     inputs = shape[axis]
     group = scheme.tile(1, inputs)[1]
-    if inputs % group or group & (group - 1):
+    if inputs % group:
         return False
-    return 32 <= group <= 8192 if axis == -1 else 8 <= group <= 256 and shape[-1] % _columns(group) == 0
+    power = group & (group - 1) == 0
+    if axis == -1:
+        return power and 32 <= group <= 8192
+    width = _columns(group, shape[-1])
+    low = power and 8 <= group <= _HIGHEST
+    return shape[-1] % width == 0 and (low or (group > _HIGHEST and _stretch(group, width) >= _SHORTEST))
 
 
 def fake_quantize(
@@ -126,8 +134,9 @@ def _over_groups(
         flat = [jnp.pad(x.reshape(-1, group), ((0, rows - x.size // group), (0, 0))) for x in operands]
     else:
         folded = (operands[0].size // group // shape[-1], group, shape[-1])
-        block, grid = (None, group, _columns(group)), (folded[0], shape[-1] // _columns(group))
-        scales, line = (folded[0], 1, shape[-1]), (None, 1, _columns(group))
+        width = _columns(group, shape[-1])
+        block, grid = (None, group, width), (folded[0], shape[-1] // width)
+        scales, line = (folded[0], 1, shape[-1]), (None, 1, width)
         flat = [x.reshape(folded) for x in operands]
 
     def spec(of: tuple[int | None, ...]) -> Any:
@@ -159,32 +168,78 @@ def _rows(count: int, group: int) -> tuple[int, int]:
     return -(-count // tile) * tile, tile
 
 
-def _columns(group: int) -> int:
-    """Of a program, where groups lie in columns."""
-    return max(32, _ELEMENTS // group)
+def _columns(group: int, out: int) -> int:
+    """Of a program, where groups lie in columns; few enough that a GPU has enough programs."""
+    if group <= _HIGHEST:
+        return max(32, _ELEMENTS // group)
+    return 32 if out >= 4096 else 16
+
+
+class _Held:
+    """The values of a block [groups, group] or [group, groups]: on chip at once, or a stretch of a column at a time."""
+
+    def __init__(self, x: Any, axis: int) -> None:
+        rows = x.shape[0]
+        self._x, self._axis = x, axis
+        self._stretch = rows if axis == 1 or rows <= _HIGHEST else _stretch(rows, x.shape[1])
+        self._count = rows // self._stretch
+        self._whole = x[...].astype(jnp.float32) if self._count == 1 else None
+
+    def largest(self) -> Array:
+        """max |x| of each group, the axis kept."""
+        if self._whole is not None:
+            return jnp.max(jnp.abs(self._whole), axis=self._axis, keepdims=True)
+
+        def one(index: Array, found: Array) -> Array:
+            return jnp.maximum(found, jnp.max(jnp.abs(self._part(index)), axis=0, keepdims=True))
+
+        return jax.lax.fori_loop(0, self._count, one, jnp.zeros((1, self._x.shape[1]), jnp.float32))
+
+    def each(self, write: Callable[[Any, Array], None]) -> None:
+        """Calls `write` with the place and the values of each part."""
+        if self._whole is not None:
+            write(..., self._whole)
+            return
+        jax.lax.fori_loop(0, self._count, lambda index, _: write(self._at(index), self._part(index)), None)
+
+    def _at(self, index: Array) -> Any:
+        from jax.experimental import pallas as pl
+
+        return pl.ds(index * self._stretch, self._stretch), slice(None)
+
+    def _part(self, index: Array) -> Array:
+        return self._x[self._at(index)].astype(jnp.float32)
+
+
+def _stretch(group: int, width: int) -> int:
+    """Rows of a tall group that are on chip: a power of two that divides it."""
+    return min(group & -group, _TALL // width)
 
 
 def _forward(element: Any, axis: int, x: Any, out: Any, scale_out: Any = None) -> None:
-    values = x[...].astype(jnp.float32)
-    scale = _scale(values, element, axis)
+    held = _Held(x, axis)
+    scale = scale_of(held.largest(), element)
     low, high = element.lowest_code - element.offset, element.highest_code - element.offset
-    out[...] = (jnp.clip(whole_ratio(values, scale, 1 / scale), low, high) * scale).astype(out.dtype)
+
+    def write(at: Any, values: Array) -> None:
+        out[at] = (jnp.clip(whole_ratio(values, scale, 1 / scale), low, high) * scale).astype(out.dtype)
+
+    held.each(write)
     if scale_out is not None:
         scale_out[...] = scale
 
 
 def _backward(element: Any, axis: int, x: Any, cotangent: Any, out: Any) -> None:
-    values = x[...].astype(jnp.float32)
-    scale = _scale(values, element, axis)
-    whole = whole_ratio(values, scale, 1 / scale)
+    held = _Held(x, axis)
+    scale = scale_of(held.largest(), element)
     low, high = element.lowest_code - element.offset, element.highest_code - element.offset
-    given = cotangent[...].astype(out.dtype)
-    out[...] = jnp.where((whole >= low) & (whole <= high), given, jnp.zeros((), out.dtype))
 
+    def write(at: Any, values: Array) -> None:
+        whole = whole_ratio(values, scale, 1 / scale)
+        given = cotangent[at].astype(out.dtype)
+        out[at] = jnp.where((whole >= low) & (whole <= high), given, jnp.zeros((), out.dtype))
 
-def _scale(values: Float32[Array, "..."], element: Int, axis: int) -> Float32[Array, "..."]:
-    """amax / reach along the axis, which stays with a length of 1, correctly rounded; 1 for a group of zeros."""
-    return scale_of(jnp.max(jnp.abs(values), axis=axis, keepdims=True), element)
+    held.each(write)
 
 
 def scale_of(peak: Float32[Array, "..."], element: Int | FloatElement) -> Float32[Array, "..."]:

@@ -60,7 +60,9 @@ def tiling_of(batch: int, q: QTensor) -> Tiling:
     if not wide and columns <= 32 and registers.scale_bytes_of(q) is not None:
         found = Tiling(columns=columns, inputs=512, splits=2, stages=4, scale_first=True, parts=4)
     elif columns <= 16:
-        found = Tiling(columns=columns, inputs=256 * per_byte, splits=2, stages=4, scale_first=not wide)
+        found = Tiling(
+            columns=columns, inputs=512 * per_byte, splits=1, stages=3, scale_first=not wide, share_rows=True
+        )
     elif columns <= 64:
         found = Tiling(columns=columns, inputs=128, splits=2, stages=6, scale_first=not wide)
     elif columns <= 128:

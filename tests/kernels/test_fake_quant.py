@@ -52,6 +52,12 @@ def test_of_one_group_of_columns() -> None:
     _check_rounding_of_masters((64, 128), "int4:channel", -2)
 
 
+@pytest.mark.parametrize("shape", [(512, 48), (2, 1024, 32), (768, 4096)])
+def test_of_columns_that_are_read_twice(shape: tuple[int, ...]) -> None:
+    assert fits(scheme("int8:channel"), shape, jnp.float32, -2)
+    _check_rounding_of_masters(shape, "int8:channel", -2)
+
+
 def _check_rounding_of_masters(shape: tuple[int, ...], spec: str, axis: Literal[-1, -2]) -> None:
     x, cotangent, chosen = _operands(shape, "float32"), _operands(shape, "bfloat16", seed=1), scheme(spec)
     if not fits(chosen, x.shape, x.dtype, axis):
