@@ -31,7 +31,7 @@ from jquant.kernels import packed_wgmma, quantize_rows, w8a8_wgmma
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
 # Up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py).
-FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 2048
+FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 8192
 
 # For programs with many products of float32: among kernels of its own XLA looks for a second a shape, and cuBLAS's
 # serve as well (the solver of 14336 × 4096 on an H200: 11.3 s to compile or 2.6; 23 ms to run or 24).

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float32
 
 from jquant.core.formats import Int
@@ -31,7 +32,7 @@ from jquant.kernels import wgmma_registers as registers
 from jquant.kernels.levels import known
 from jquant.kernels.wgmma_registers import BLOCK, LANES, ROWS, Codes, mosaic
 
-_MANY = 128
+_FEW, _MANY = 16, 128  # rows of x
 _MEMORY, _ALIGNED = 232_448, 1024  # bytes of shared memory; arrays begin at multiples
 _STORED = 64  # columns that are written at a time
 
@@ -168,6 +169,10 @@ def permuted(x: BFloat16[Array, "batch in"], count: int, *, by_byte: bool = Fals
     `by_byte` for two codes a byte that are looked up together: input 32·b + 8·t + 4·p + 2·h + e, the code e of byte
     2p + h, comes p-th, and there at 8h + 2t + e.
     """
+    if by_byte and len(x) <= _FEW:
+        # A gather is one with what comes before it; a transposition with so short a last axis is a kernel apart.
+        order = np.arange(x.shape[1]).reshape(-1, 4, 2, 2, 2).transpose(0, 2, 3, 1, 4).reshape(-1)
+        return x[:, order]
     if by_byte:
         return x.reshape(len(x), -1, 4, 2, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(x.shape)
     split = x.reshape(len(x), -1, 4, 2, 2, count)

@@ -218,11 +218,11 @@ def _assembled(registers: np.ndarray, element: Element, tables: Any, finish: Any
     i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
     count = 8 // element.bits
     found = np.empty((1, 2 * count * registers.shape[1], *registers.shape[2:]), dtype=object)
-    origin = _origin(tables[0]) if tables else None
+    where = _where(tables[0]) if tables else None
     for index, register in np.ndenumerate(registers):
         block, half = index[1], index[4]
         four = mgpu.utils.bitcast(register, i32)
-        pairs = _computed(four, element) if origin is None else _from_table(four, origin)
+        pairs = _computed(four, element) if where is None else _from_table(four, *where)
         for number, each in enumerate(pairs):
             place = (0, 2 * count * block + number, *index[2:])
             found[place] = mgpu.utils.bitcast(finish(each, block, half), pair)
@@ -238,25 +238,27 @@ def _computed(four: Any, element: Element) -> list[Any]:
     return found
 
 
-def _from_table(four: Any, origin: Any) -> list[Any]:
-    """Pairs of levels of four bytes, both codes of a byte in each."""
+def _from_table(four: Any, origin: Any, lane: Any) -> list[Any]:
+    """Pairs of levels of four bytes, both codes of a byte in each.
+
+    What all lanes share is added last: a load can do that itself.
+    """
     lines = ["{ .reg .b32 t;"]
     for byte in range(4):
         shift = f"shl.b32 t, $4, {7};" if byte == 0 else f"shr.b32 t, $4, {8 * byte - 7};"
-        lines.append(f"{shift} and.b32 t, t, 0x7F80; add.s32 t, t, $5; ld.shared.b32 ${byte}, [t];")
-    return _assembly(" ".join(lines) + " }", "=r,=r,=r,=r,r,r", [four, origin], results=4)
+        lines.append(f"{shift} lop3.b32 t, t, 0x7F80, $6, 0xEA; add.s32 t, t, $5; ld.shared.b32 ${byte}, [t];")
+    return _assembly(" ".join(lines) + " }", "=r,=r,=r,=r,r,r,r", [four, origin, lane], results=4)
 
 
-def _origin(held: Any) -> Any:
-    """Where in shared memory the lane's column of a table [256, 32] begins."""
+def _where(held: Any) -> tuple[Any, Any]:
+    """Where in shared memory a table [256, 32] begins, and the lane's column of it, in bytes."""
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
     i32 = ir.IntegerType.get_signless(32)
     places = _Places(mgpu.utils.thread_idx())
-    begin = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(held))
-    return arith.addi(begin, arith.muli(places.lane, places.constant(4)))
+    return llvm.ptrtoint(i32, mgpu.utils.memref_ptr(held)), arith.muli(places.lane, places.constant(4))
 
 
 def _scaled(pair: Any, parameters: list[Any]) -> Any:

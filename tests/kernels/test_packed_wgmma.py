@@ -45,6 +45,16 @@ def test_order_of_x() -> None:
     assert sorted(order.tolist()) == list(range(64))
 
 
+def test_order_of_x_for_levels_of_whole_bytes() -> None:
+    """Both codes of a byte side by side; few rows are gathered, many transposed, to the same."""
+    x = jnp.arange(32 * 128, dtype=jnp.float32).reshape(32, 128).astype(jnp.bfloat16)
+    many = permuted(x, 2, by_byte=True)
+    np.testing.assert_array_equal(permuted(x[:16], 2, by_byte=True), many[:16])
+    order = many[0].astype(int).tolist()
+    assert order[:16] == [0, 1, 8, 9, 16, 17, 24, 25, 2, 3, 10, 11, 18, 19, 26, 27]
+    assert sorted(order) == list(range(128))
+
+
 @pytest.mark.parametrize("spec", ["int3:g128", "int2:g128", "int4:tensor", "int4:g48", "q4_0"])
 def test_what_does_not_fit(spec: str) -> None:
     assert not fits(quantize(jnp.ones((128, 1536)), scheme(spec)))
