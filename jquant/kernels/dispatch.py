@@ -31,16 +31,18 @@ from jquant.kernels import packed_wgmma, quantize_rows, w8a8_wgmma
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
 # Up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py).
-FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 8192
+FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 2048
 
-# For programs with many products of float32: among kernels of its own XLA looks for a second a shape, and cuBLAS's
-# serve as well (the solver of 14336 × 4096 on an H200: 11.3 s to compile or 2.6; 23 ms to run or 24).
+# For programs with many products of float32: among kernels of its own XLA looks for a second a shape. cuBLAS's are up
+# to a quarter slower (the solver of 4096 in, 14336 out: 11.3 s to compile or 2.6; on an H100 15 to 20 ms to run), which
+# the few blocks of a model do not make up for.
 WITHOUT_TRITON_GEMM = {"xla_gpu_enable_triton_gemm": False}
 
 Mode = Literal["auto", "jnp", "interpret"]
 Way = Literal["jnp", "kernel", "interpret"]
 
 _chosen: list[Mode] = []  # of `override`, the innermost last
+_in_a_hurry: list[bool] = []  # an entry for each `quick_compilation` that has begun
 
 
 def way() -> Way:
@@ -51,6 +53,21 @@ def way() -> Way:
     if mode == "interpret":
         return "interpret"
     return "kernel" if mode == "auto" and on_cuda() and jax.device_count() == 1 else "jnp"
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Programs are to be ready soon rather than as fast as can be: for work of seconds, as a model's quantization."""
+    _in_a_hurry.append(True)
+    try:
+        yield
+    finally:
+        _in_a_hurry.pop()
+
+
+def compiles_quickly() -> bool:
+    """Whether it is so here and now, in any thread."""
+    return bool(_in_a_hurry)
 
 
 def multiply_packed(x: Float[Array, "*batch in"], q: QTensor) -> Float32[Array, "*batch out"] | None:

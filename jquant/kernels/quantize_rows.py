@@ -56,13 +56,12 @@ def quantize_rows(
     stretch = _stretch(columns)
     tile = min(max(1, _ELEMENTS // stretch), 1 << (count - 1).bit_length())
     rows = -(-count // tile) * tile
-    dtype = jnp.int8 if isinstance(element, Int) else jnp.uint8
     codes, scales = pl.pallas_call(
         partial(_kernel, element, stretch, not interpret),
         grid=(rows // tile,),
         in_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0))],
         out_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0)), pl.BlockSpec((tile,), lambda i: (i,))],
-        out_shape=[jax.ShapeDtypeStruct((rows, columns), dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32)],
         interpret=interpret,
         name="quantize_rows",
         **triton_options(_WARPS, interpret),
@@ -112,7 +111,7 @@ def _codes(
 
 
 def _to_e4m3(values: Float32[Array, "rows in"]) -> Array:
-    """uint8, four at a time by NVIDIA's instruction, which rounds and saturates as the format does (8.9 and later)."""
+    """int8, four at a time by NVIDIA's instruction, which rounds and saturates as the format does (8.9 and later)."""
     from jax.experimental.pallas import triton
 
     lines = (
@@ -124,5 +123,5 @@ def _to_e4m3(values: Float32[Array, "rows in"]) -> Array:
         args=[values],
         constraints="=r,r,r,r,r",
         pack=4,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.uint8)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.int8)],
     )[0]

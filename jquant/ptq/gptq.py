@@ -236,14 +236,15 @@ def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way:
 
 
 _solve = jax.jit(_solution, static_argnames=("scheme", "config", "way"))
-_solve_alone = jax.jit(
+_solve_soon = jax.jit(
     _solution, static_argnames=("scheme", "config", "way"), compiler_options=dispatch.WITHOUT_TRITON_GEMM
 )
 
 
 def _chosen(w: Any) -> Any:
     """The program for these operands: under a trace it becomes a part of another, which has no options of its own."""
-    return _solve if isinstance(w, Tracer) or not dispatch.on_cuda() else _solve_alone
+    soon = dispatch.compiles_quickly() and dispatch.on_cuda() and not isinstance(w, Tracer)
+    return _solve_soon if soon else _solve
 
 
 def _on_diagonal(matrix: Array, size: int) -> Array:

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jquant.core.errors import InputError
+from jquant.kernels.dispatch import quick_compilation
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
 from jquant.nn.matrices import layer_shapes
@@ -123,6 +124,7 @@ def quantize_model(
     return model, coverage
 
 
+@quick_compilation()
 def quantize_blocks(
     source: Source,
     recipe: Recipe,
