@@ -1,6 +1,6 @@
 """Times jquant on one GPU against what the device allows: each figure with its floor, what it is beside, and its bar.
 
-    python scripts/bench_gpu.py                       # everything, some eight minutes on an H100
+    python scripts/bench_gpu.py                       # everything, some ten minutes on an H100
     python scripts/bench_gpu.py --only gptq,packed    # some of the works: see WORKS below
     python scripts/bench_gpu.py --small               # tiny sizes, to see on a CPU that it runs
 
@@ -8,31 +8,39 @@ Floors: bytes that must be moved over the bandwidth of a copy, operations over t
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
 
-H100 (jax 0.11.2, 2026-11-26; copy 2,744 GB/s, bf16 766, int8 1,489, fp8 1,475 T/s), several runs, milliseconds. Rows
-with (H200) ran on one, whose memory is faster and whose cores are the same. Not run again since: GPTQ's solutions,
-whose products are now cuBLAS's (3 % slower in the one case measured); fake-quant, whose kernel takes either axis now:
+One run on one H100 (80 GB HBM3, jax 0.11.2, 2026-11-26; copy 2,751 GB/s, bf16 772, int8 1,480, fp8 1,434 T/s),
+milliseconds. Where a row says "since", the code changed after that run, and the figure is another run's:
 
     work                                        took    floor     bar   what limits it
-    Gram matrix 131072 × 4096                   4.34     5.74     8     (symmetry: 5/8 of the products)
-    GPTQ 4096 × 4096, range of the weights      7.1               13    Cholesky 2.1, rounding 1.8, products of TF32 × 3
-      … default, range by the output (H200)     7.9               13    the search of the range: 0.8
-    GPTQ 4096 in, 14336 out                     13.1              16    products 4.9, rounding 2.7
-      … default (H200)                          14.9              16    the search: 2.1 (35 by XLA)
-    GPTQ 14336 in, 4096 out                     57                190   Cholesky 32
-    six schemes, 4096 in, 14336 out             6.02 × one        2.5   a factor is 5 % of a solution: nothing to share
-    fake-quant int4 g128, 8192²                 0.096    0.098    0.108 memory
-    int4 product 8192², batch 1                 .021     .013     .0196 2.62 × bf16: kernel .016, sums and order .004
-      … batch 16 / 64 / 128 / 256               .024 .028 .038 .059     2.37, 2.20, 1.62, 1.12 × (bars: 2.0, 1.0 at 128)
-                                                                        decoding and products take turns
-      … batch 2048                              .463     .359     .436  0.85 ×: as above; without waiting for a product
-                                                                        before the next weights are decoded it would be
-                                                                        1.00, but then registers are overwritten
-    nf4 product, batch 1                        .029     .013     .025  two look-ups a weight
-    mxfp4, nvfp4 product, batch 1               .036, .038        .025  scales of short groups: Triton's kernel
-    W8A8 int8 / fp8, 8192³                      1.29 / 1.33  .74  .87   codes and int32 sums through memory: not fused
-    a token of 8 blocks of 8B's shape           bf16 2.56, int4 2.73, int8 2.53   starting kernels; before this product
-    GPTQ of a model of 8B's shape (H200)        46.8 s   6.2 s    60 s  first block 20 (compiling), then 0.79
-    training step (scripts/bench_qat.py), plain 29.9: int4 1.010 ×, W8A8 1.089 × (bars 1.02, 1.07; 1.071 on an H200)
+    Gram matrix 131072 × 4096                   4.26     5.70     8     (symmetry: 5/8 of the products)
+    GPTQ 4096 × 4096, range of the weights      8.1               13    Cholesky 2.1, rounding 1.8, products of TF32 × 3
+      … default, range by the output            8.8               13    the search of the range: 0.8
+    GPTQ 4096 in, 14336 out                     15.9              16    products, by cuBLAS; since: by the faster of
+                                                                        XLA's and cuBLAS's 13.1
+      … default                                 19.5              16    since: 14.9 (on an H200)
+    GPTQ 14336 in, 4096 out                     62                190   Cholesky 32
+    six schemes, 4096 in, 14336 out             5.64 × one        2.5   a factor is 5 % of a solution: nothing to share
+    fake-quant int4 g128, 8192²                 0.097    0.098    0.108 memory
+    W8A8 int8, 8192³                            0.859    0.743    0.874 the product, scaled on chip, .73; codes .11
+    W8A8 fp8, 8192³                             0.941    0.767    0.902 codes .19, .11 of them conversion; since: by
+                                                                        NVIDIA's instruction, compiled, not yet run
+    int4 product 8192², batch 1                 .0200    .013     .0174 2.43 × bf16: kernel .0158, sums and order .0014
+                                                                        and starting both (2.63 to 2.79 in other runs,
+                                                                        whose bf16 took longer)
+      … batch 16 / 128                          .023 .037               2.35, 1.68 × (bars 2.0, 1.0)
+      … batch 2048                              .447     .356     .469  0.94 × (0.88 to 1.02 in other runs; bar 0.9)
+    nf4, mxfp4 product, batch 1                 .022 .023         .024  levels by a table in shared memory
+    nvfp4 product, batch 1                      .026              .024  a scale for every 16: decoding them
+    fp8, int8 product, batch 1                  .034 .031 .024          bytes
+    a token of 8 blocks of 8B's shape, 1 row    bf16 2.58, int4 2.86, int8 2.91, fp8 3.28: starting kernels
+      … 16 rows                                 bf16 3.85, int4 4.19, int8 3.25, fp8 3.07
+      … memory                                  4.01 GB, 1.45, 2.27, 2.27
+    GPTQ of a model of 8B's shape               39.1 s   6.2 s    60 s  first block 11.6 (compiling), then 0.83
+    training step (scripts/bench_qat.py), plain 29.6: W8A8 1.058 ×, int4 1.010 (an earlier run) (bars 1.07, 1.02)
+
+Rows of x at which int4's product is as fast as bf16's: as dispatched 2.33 2.54 2.48 2.29 2.28 1.71 1.12 .96 .97 .88 ×
+of its speed at 1 4 16 32 64 128 256 512 1024 2048 rows; the weight decoded first 1.00 .63 .63 .32 .33 .32 .34 .46 .62
+.76 × (`--only crossover`; experiments/packed_crossover.png). So up to 2048 rows the kernel is the faster way.
 """
 
 from __future__ import annotations
@@ -84,7 +92,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"of {','.join(WORKS)}")
-    parser.add_argument("--plot", help="where `crossover` writes its page (needs plotly)")
+    parser.add_argument("--plot", help="where `crossover` writes its picture (needs matplotlib)")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     arguments = parser.parse_args()
     PLOT.extend([arguments.plot] if arguments.plot else [])
@@ -350,17 +358,26 @@ def crossover(device: Device) -> None:
 
 
 def draw(points: dict[str, list[tuple[int, float]]], path: str) -> None:
-    """Speed over bfloat16's against rows of x, as a page of plotly."""
-    from plotly import graph_objects
+    """Speed over bfloat16's against rows of x, as a picture."""
+    from matplotlib.figure import Figure
 
-    figure = graph_objects.Figure()
-    for name, found in points.items():
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
+    for (name, found), color in zip(points.items(), ("#1f5fa8", "#c2571a"), strict=True):
         rows, ratios = zip(*found, strict=True)
-        figure.add_scatter(x=rows, y=ratios, name=name, mode="lines+markers")
-    figure.add_hline(y=1, line_dash="dot", annotation_text="bfloat16")
-    figure.update_layout(title="int4:g128 × bfloat16 product", yaxis_title="times as fast as bfloat16")
-    figure.update_xaxes(type="log", title="rows of x")
-    figure.write_html(path)
+        axes.plot(rows, ratios, marker="o", color=color)
+        axes.annotate(
+            name, (rows[len(rows) // 2], ratios[len(rows) // 2]), xytext=(6, 8), textcoords="offset points", color=color
+        )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rows, [f"{value:,}" for value in rows])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rows of x")
+    axes.set_ylabel("times as fast as bfloat16")
+    axes.set_title("Product of bfloat16 with int4:g128, 8192 × 8192", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
 
 
 WORKS: dict[str, Callable[[Device], None]] = {
