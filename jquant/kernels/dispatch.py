@@ -3,6 +3,8 @@
     auto        kernels where the platform has them and they are faster, else jnp (the default)
     jnp         never a kernel
     interpret   kernels, their operations run one by one: for tests, on any platform
+    tpu         as auto, and on a TPU those kernels that are lowered for it too: fake quantization, GPTQ's block and its
+                search of ranges. Untested on hardware: no TPU has run them yet
 
 Set JQUANT_KERNELS before the start, or `override` for a while. What a kernel cannot do runs in jnp, without an error.
 Kernels are for one device: arrays that are spread over several stay with XLA, which knows how to divide the work.
@@ -28,6 +30,7 @@ from jquant.core.qtensor import QTensor, dequantize
 from jquant.core.scheme import Channel, Scheme, Tensor
 from jquant.kernels import fake_quant as fused
 from jquant.kernels import packed_wgmma, quantize_rows, w8a8_wgmma
+from jquant.kernels.options import for_tpu
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
 # Up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py).
@@ -38,7 +41,7 @@ FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 2048
 # the few blocks of a model do not make up for.
 WITHOUT_TRITON_GEMM = {"xla_gpu_enable_triton_gemm": False}
 
-Mode = Literal["auto", "jnp", "interpret"]
+Mode = Literal["auto", "jnp", "interpret", "tpu"]
 Way = Literal["jnp", "kernel", "interpret"]
 
 _chosen: list[Mode] = []  # of `override`, the innermost last
@@ -52,7 +55,8 @@ def way() -> Way:
         raise InputError(f"JQUANT_KERNELS={mode}: it must be one of {', '.join(get_args(Mode))}")
     if mode == "interpret":
         return "interpret"
-    return "kernel" if mode == "auto" and on_cuda() and jax.device_count() == 1 else "jnp"
+    there = mode != "jnp" and (on_cuda() or (mode == "tpu" and jax.default_backend() == "tpu"))
+    return "kernel" if there and jax.device_count() == 1 else "jnp"
 
 
 @contextlib.contextmanager
@@ -85,7 +89,7 @@ def _kernel_for(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | No
     how = way()
     if how == "kernel" and on_hopper() and packed_wgmma.fits(q, rows):
         return packed_wgmma.packed_matmul if rows <= FEW_ROWS_ON_HOPPER else None
-    if how == "jnp" or rows > FEW_ROWS or not fits(q):
+    if how == "jnp" or rows > FEW_ROWS or not fits(q) or for_tpu():
         return None
     return partial(packed_matmul, interpret=how == "interpret")
 

@@ -22,7 +22,7 @@ from jquant.core.formats import Float as FloatElement
 from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
-from jquant.kernels.options import triton_options
+from jquant.kernels.options import lanes, triton_options
 from jquant.kernels.rounding import whole_ratio
 
 Axis = Literal[-1, -2]
@@ -171,8 +171,8 @@ def _rows(count: int, group: int) -> tuple[int, int]:
 def _columns(group: int, out: int) -> int:
     """Of a program, where groups lie in columns; few enough that a GPU has enough programs."""
     if group <= _HIGHEST:
-        return max(32, _ELEMENTS // group)
-    return 32 if out >= 4096 else 16
+        return lanes(max(32, _ELEMENTS // group))
+    return lanes(32 if out >= 4096 else 16)
 
 
 class _Held:

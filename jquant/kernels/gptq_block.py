@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
 from jquant.core.formats import Element, Float, Int
-from jquant.kernels.options import triton_options
+from jquant.kernels.options import lanes, triton_options
 from jquant.kernels.rounding import divide, nearest_code, whole_ratio
 
 _ROWS, _WARPS = 32, 2  # on an H100 a column of 14336 rows takes 0.7 µs
@@ -60,16 +60,17 @@ def round_block(block: Block, element: Element, *, interpret: bool = False) -> R
     from jax.experimental import pallas as pl
 
     n, out = block.columns.shape
-    padded = -(-out // _ROWS) * _ROWS
+    rows = lanes(_ROWS)
+    padded = -(-out // rows) * rows
     tiles = [block.columns, block.weight, block.scale, *([] if block.zero is None else [block.zero])]
     # Rows of padding: 0 over a scale of 1.
     tiles = [jnp.pad(x, ((0, 0), (0, padded - out)), constant_values=float(i == 2)) for i, x in enumerate(tiles)]
-    tile = pl.BlockSpec((n, _ROWS), lambda i: (0, i))
+    tile = pl.BlockSpec((n, rows), lambda i: (0, i))
     errors, codes, loss = pl.pallas_call(
         partial(_kernel, element, block.zero is not None),
-        grid=(padded // _ROWS,),
+        grid=(padded // rows,),
         in_specs=[*[tile] * len(tiles), pl.BlockSpec((n, n), lambda i: (0, 0)), pl.BlockSpec((n,), lambda i: (0,))],
-        out_specs=[tile, tile, pl.BlockSpec((_ROWS,), lambda i: (i,))],
+        out_specs=[tile, tile, pl.BlockSpec((rows,), lambda i: (i,))],
         out_shape=[
             jax.ShapeDtypeStruct((n, padded), jnp.float32),
             jax.ShapeDtypeStruct((n, padded), jnp.uint8),

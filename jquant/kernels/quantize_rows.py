@@ -60,14 +60,14 @@ def quantize_rows(
         partial(_kernel, element, stretch, not interpret),
         grid=(rows // tile,),
         in_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0))],
-        out_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0)), pl.BlockSpec((tile,), lambda i: (i,))],
-        out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32)],
+        out_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0)), pl.BlockSpec((tile, 1), lambda i: (i, 0))],
+        out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.int8), jax.ShapeDtypeStruct((rows, 1), jnp.float32)],
         interpret=interpret,
         name="quantize_rows",
         **triton_options(_WARPS, interpret),
     )(jnp.pad(x, ((0, rows - count), (0, 0))))
     codes = codes if isinstance(element, Int) else jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
-    return codes[:count], scales[:count]
+    return codes[:count], scales[:count, 0]
 
 
 def _stretch(columns: int) -> int:
@@ -85,14 +85,14 @@ def _kernel(element: Any, stretch: int, assembly: bool, x: Any, codes: Any, scal
         return x[:, pl.ds(index * stretch, stretch)].astype(jnp.float32)
 
     def largest(index: Any, found: Array) -> Array:
-        return jnp.maximum(found, jnp.max(jnp.abs(part(index)), axis=1))
+        return jnp.maximum(found, jnp.max(jnp.abs(part(index)), axis=1, keepdims=True))
 
-    peak = jax.lax.fori_loop(0, count, largest, jnp.zeros((tile,), jnp.float32))
+    peak = jax.lax.fori_loop(0, count, largest, jnp.zeros((tile, 1), jnp.float32))
     scale = scale_of(peak, element)
     scales[...] = scale
 
     def encode(index: Any, nothing: None) -> None:
-        found = _codes(part(index), scale[:, None], element, assembly=assembly)
+        found = _codes(part(index), scale, element, assembly=assembly)
         codes[:, pl.ds(index * stretch, stretch)] = found.astype(codes.dtype)
 
     jax.lax.fori_loop(0, count, encode, None)

@@ -21,7 +21,7 @@ from jquant.core.qtensor import Parameters, parameters_of_range, tile_range
 from jquant.core.range_search import RangeSearch, count_of_tries, factor_of_step, shrunk
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Scheme
-from jquant.kernels.options import triton_options
+from jquant.kernels.options import lanes, triton_options
 from jquant.kernels.rounding import nearest_code, to_whole
 
 _ROWS, _WARPS = 32, 2
@@ -77,39 +77,41 @@ def best_steps(
 
     groups, out = high.shape
     group = len(columns) // groups
-    padded = -(-out // _ROWS) * _ROWS
+    rows = lanes(_ROWS)
+    padded = -(-out // rows) * rows
     ranges = [high] if low is None else [high, low]
     operands = [jnp.pad(each, ((0, 0), (0, padded - out))) for each in (columns, *ranges)]
-    line = pl.BlockSpec((None, _ROWS), lambda i, j: (i, j))
-    specs = [pl.BlockSpec((group, _ROWS), lambda i, j: (i, j)), *[line] * len(ranges)]
+    operands[1:] = [each[:, None] for each in operands[1:]]  # a TPU wants whole lines
+    line = pl.BlockSpec((None, 1, rows), lambda i, j: (i, 0, j))
+    specs = [pl.BlockSpec((group, rows), lambda i, j: (i, j)), *[line] * len(ranges)]
     if importance is not None:
-        operands.append(importance)
-        specs.append(pl.BlockSpec((group,), lambda i, j: (i,)))
+        operands.append(importance[:, None])
+        specs.append(pl.BlockSpec((group, 1), lambda i, j: (i, 0)))
     found = pl.pallas_call(
         partial(_kernel, element, config, low is not None, importance is not None),
-        grid=(groups, padded // _ROWS),
+        grid=(groups, padded // rows),
         in_specs=specs,
         out_specs=line,
-        out_shape=jax.ShapeDtypeStruct((groups, padded), jnp.int32),
+        out_shape=jax.ShapeDtypeStruct((groups, 1, padded), jnp.int32),
         interpret=interpret,
         name="range_search",
         **triton_options(_WARPS, interpret),
     )(*operands)
-    return found[:, :out]
+    return found[:, 0, :out]
 
 
 def _kernel(element: Element, config: RangeSearch, has_low: bool, weighted: bool, columns: Any, *refs: Any) -> None:
     given = iter(refs)
     x, high = columns[...], next(given)[...]
     low = next(given)[...] if has_low else None
-    weight = next(given)[...][:, None] if weighted else None
+    weight = next(given)[...] if weighted else None
     best = next(given)
 
     def one(step: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
         factor = 1 - step.astype(jnp.float32) * jnp.float32(1 / config.grid)
         lost = jnp.abs(x - _decoded(x, high * factor, None if low is None else low * factor, element))
         lost = lost * lost if config.exponent == 2 else jnp.exp(config.exponent * jnp.log(jnp.maximum(lost, 1e-30)))
-        error = jnp.sum(lost if weight is None else lost * weight, axis=0)
+        error = jnp.sum(lost if weight is None else lost * weight, axis=0, keepdims=True)
         least, chosen = found
         return jnp.minimum(error, least), jnp.where(error < least, step, chosen)
 
@@ -118,17 +120,16 @@ def _kernel(element: Element, config: RangeSearch, has_low: bool, weighted: bool
 
 
 def _decoded(x: Array, high: Array, low: Array | None, element: Element) -> Array:
-    """Values of x [group, rows] as a range a row [rows] gives them."""
+    """Values of x [group, rows] as a range a row [1, rows] gives them."""
     if low is not None:
         assert isinstance(element, Int), "others have no zero point"
         scale = jnp.maximum((high - low) * jnp.float32(1 / element.highest_code), SMALLEST_SCALE)
         inverse = 1 / scale
         zero = jnp.clip(to_whole(-low * inverse), 0, element.highest_code)
-        whole = jnp.clip(to_whole(x * inverse[None, :]), -zero[None, :], element.highest_code - zero[None, :])
-        return whole * scale[None, :]
+        return jnp.clip(to_whole(x * inverse), -zero, element.highest_code - zero) * scale
     scale = jnp.maximum(high * jnp.float32(1 / element.reach), SMALLEST_SCALE)  # pyright: ignore[reportAttributeAccessIssue]
-    ratio = x * (1 / scale)[None, :]
+    ratio = x * (1 / scale)
     if isinstance(element, Int):
         lowest, highest = element.lowest_code - element.offset, element.highest_code - element.offset
-        return jnp.clip(to_whole(ratio), lowest, highest) * scale[None, :]
-    return nearest_code(ratio, element)[1] * scale[None, :]
+        return jnp.clip(to_whole(ratio), lowest, highest) * scale
+    return nearest_code(ratio, element)[1] * scale

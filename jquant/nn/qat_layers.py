@@ -48,11 +48,16 @@ class QATLinear(FakeQuantModule):
             return matmul_transposed(inputs, weight, bias, dtype=dtype)
         weight = self.weight_quantizer(self.weight.get_value())
         rows = x.reshape(-1, x.shape[-1])
-        codes = _codes(self, rows)
-        product = _product_of_codes(inputs.reshape(rows.shape), weight, *codes)
+        dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+        product = None
+        if dtype == jnp.bfloat16 and bias is None:
+            product = _product_by_kernels(self, rows)
+        if product is None:
+            product = multiply(*_codes(self, rows))
+        product = _differentiated(inputs.reshape(rows.shape), weight, jax.lax.stop_gradient(product))
         if bias is not None:
             product = product + bias.astype(jnp.float32)
-        return product.astype(x.dtype if dtype is None else dtype).reshape(*x.shape[:-1], -1)
+        return product.astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 class QATExpertLinear(FakeQuantModule):
@@ -136,28 +141,34 @@ def _codes(layer: QATLinear | QATExpertLinear, rows: Array) -> tuple[QTensor, QT
     return jax.lax.stop_gradient((codes, layer.weight_quantizer.quantize(weight)))
 
 
+def _product_by_kernels(layer: QATLinear, rows: Array) -> Array | None:
+    """x̂ · Ŵᵀ from codes, in bfloat16; None where there are no kernels for it."""
+    inputs = layer.input_quantizer
+    assert inputs is not None
+    weight = jax.lax.stop_gradient(layer.weight_quantizer.quantize(jax.lax.stop_gradient(layer.weight.get_value())))
+    return dispatch.multiply_as_codes(rows, weight, inputs.scheme)
+
+
 @jax.custom_vjp
-def _product_of_codes(x: Array, weight: Array, x_codes: QTensor, weight_codes: QTensor) -> Array:
-    """x̂ · Ŵᵀ, computed from their codes; differentiated as the product of the two."""
-    return multiply(x_codes, weight_codes)
+def _differentiated(x: Array, weight: Array, product: Array) -> Array:
+    """x̂ · Ŵᵀ as it was computed from their codes, differentiated as the product of the two."""
+    return product
 
 
-def _product_forward(
-    x: Array, weight: Array, x_codes: QTensor, weight_codes: QTensor
-) -> tuple[Array, tuple[Array, Array]]:
-    return multiply(x_codes, weight_codes), (x, weight)
+def _product_forward(x: Array, weight: Array, product: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product, (x, weight)
 
 
-def _product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array, None, None]:
+def _product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
     x, weight = kept
     gradient = cotangent.astype(x.dtype)
     product = {"precision": PRECISION, "preferred_element_type": jnp.float32}
     of_x = jnp.einsum("ro,oi->ri", gradient, weight.astype(x.dtype), **product)
     of_weight = jnp.einsum("ro,ri->oi", gradient, x, **product)
-    return of_x.astype(x.dtype), of_weight.astype(weight.dtype), None, None
+    return of_x.astype(x.dtype), of_weight.astype(weight.dtype), None
 
 
-_product_of_codes.defvjp(_product_forward, _product_backward)
+_differentiated.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp

@@ -87,7 +87,7 @@ def test_a_packed_layer_uses_it_and_gives_the_same() -> None:
 
 def test_unknown_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JQUANT_KERNELS", "cuda")
-    with pytest.raises(InputError, match="JQUANT_KERNELS=cuda: it must be one of auto, jnp, interpret"):
+    with pytest.raises(InputError, match="JQUANT_KERNELS=cuda: it must be one of auto, jnp, interpret, tpu"):
         dispatch.way()
 
 
