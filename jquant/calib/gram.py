@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.core.errors import InputError
+from jquant.core.symmetric import mirrored
 
 _STRIPS, _WORTH_STRIPS = 4, 512  # at 576 strips take 0.73 of the time (one core); narrower products lose speed
 _STRETCH = 256  # rows of an expert in one product
@@ -34,6 +35,14 @@ class Gram(NamedTuple):
 
     matrix: Float[Array, "*batch in in"]
     rows: Float[Array, "*batch"]
+
+
+class OrderedGram(NamedTuple):
+    """A matrix whose columns have been put into an order, and of which half is left."""
+
+    above: Float[Array, "*batch in in"]  # in the order; what stands on the diagonal and below may be anything
+    diagonal: Float[Array, "*batch in"]  # by original column
+    order: Int[Array, "*batch in"]  # the original columns
 
 
 def init(dim: int, experts: int | None = None) -> GramState:
@@ -105,14 +114,18 @@ def merge(*states: GramState) -> GramState:
 def finalize(state: GramState) -> Gram:
     """H; NaN where no row was seen, but 0 for an expert that no row reached."""
     rows = jnp.maximum(state.rows, 1) if state.rows.ndim else state.rows
-    upper = jnp.triu(state.products)
-    return Gram((upper + jnp.triu(state.products, 1).swapaxes(-1, -2)) * (2 / rows)[..., None, None], state.rows)
+    return Gram(mirrored(state.products * (2 / rows)[..., None, None]), state.rows)
 
 
 def check(gram: Gram, what: str) -> None:
     """Raises InputError naming `what` where the data cannot serve: no rows, NaN or infinite, or all zero."""
-    if not bool(jnp.all(jnp.isfinite(gram.matrix))):
+    if not bool(_is_finite(gram.matrix)):
         reason = "no rows were seen" if not bool(jnp.all(gram.rows > 0)) else "activations hold a NaN or an infinity"
         raise InputError(f"{what}: {reason}; give calibration text that the model handles")
     if not bool(jnp.any(jnp.diagonal(gram.matrix, axis1=-2, axis2=-1) > 0)):
         raise InputError(f"{what}: all activations are zero; no method can learn from them")
+
+
+@jax.jit
+def _is_finite(matrix: Array) -> Array:
+    return jnp.all(jnp.isfinite(matrix))

@@ -14,7 +14,7 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.ptq import cholesky, gptq, rtn
-from jquant.ptq.cholesky import upper_cholesky
+from jquant.ptq.cholesky import cholesky_below
 from jquant.ptq.gptq import GPTQConfig
 from tests.jitted import dequantize, quantize
 
@@ -216,15 +216,18 @@ def test_dead_inputs_become_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 128, 300, 513, 1100])
-def test_the_cholesky_factor_in_halves_and_at_once(size: int) -> None:
+def test_the_cholesky_factor_row_by_row_and_with_one_call(size: int) -> None:
+    """Each writes below the diagonal and leaves what is above, so that it can be tried again."""
     rows = np.random.default_rng(size).standard_normal((size + 50, size))
     matrix = rows.T @ rows / len(rows) + 0.01 * np.eye(size)
-    expected = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
-    for factor in map(jax.jit, (upper_cholesky, cholesky._at_once)):  # what the platform takes; what others than CPU do
-        found = factor(jnp.asarray(np.triu(matrix), jnp.float32))
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-        assert not np.tril(found, -1).any()
-        assert not np.isfinite(np.diagonal(factor(jnp.asarray(-matrix, jnp.float32)))).all()
+    expected = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1].T
+    above, diagonal = np.triu(matrix, 1).astype(np.float32), np.diagonal(matrix).astype(np.float32)
+    for factor in map(jax.jit, (cholesky_below, cholesky._with_one_call)):  # on CPU; elsewhere
+        failed = factor(jnp.asarray(above), jnp.asarray(-diagonal))
+        assert not np.isfinite(np.diagonal(failed)).all()
+        found = factor(failed, jnp.asarray(diagonal))
+        np.testing.assert_allclose(np.tril(found), expected, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_array_equal(np.triu(found, 1), above)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 100, 257])
