@@ -103,8 +103,9 @@ def _of_solver(layer: nnx.Module, rule: Rule) -> list[Any]:
     scheme, size = parse_scheme(rule.scheme or ""), weight.shape[1]
     gram = Gram(_float32(size, size), _float32())
     config = configured(SOLVERS, rule.method.name, rule.method.options)
-    solving = method.programs(weight, gram, scheme, config)
-    return [*solving, *layer_programs.traced_report(weight, solving[-1].out_info.qtensor, scheme, gram)]
+    factorizing, solving = method.programs(weight, gram, scheme, config)
+    report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram)
+    return [factorizing, solving, *report]
 
 
 def _float32(*shape: int) -> Any:

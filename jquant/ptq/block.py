@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jquant.calib import gram
-from jquant.calib.gram import Gram, GramState
+from jquant.calib.gram import Gram, GramState, OrderedGram
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme, Tensor
@@ -92,6 +92,9 @@ def quantize_block(
             statistics = _gram(block, group, data, prefix)
             replayed.extend(group)
         factors: dict[Step, Any] = {}
+        if statistics is not None:
+            ahead.wait("solve", group[0])
+            statistics = _factorized(block, group, rules, statistics, factors)
         shared = (time.perf_counter() - started) / len(group)
         for path in group:
             ahead.wait("solve", path)
@@ -175,6 +178,20 @@ def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> 
     return found
 
 
+def _factorized(
+    block: nnx.Module, group: Sequence[Path], rules: Mapping[Path, Rule], statistics: Gram, factors: dict[Step, Any]
+) -> Gram | OrderedGram:
+    """Puts the factor that one method makes of the statistics into `factors`, and into their memory, and returns what
+    reports need of them. Nothing is done where several methods make something of them."""
+    methods = {rules[path].method for path in group if SOLVERS[rules[path].method.name].needs_gram}
+    step = methods.pop() if len(methods) == 1 else None
+    solver = None if step is None else SOLVERS[step.name]
+    if step is None or solver is None or solver.factorize_in_place is None or statistics.matrix.ndim > 2:
+        return statistics
+    factors[step] = solver.factorize_in_place(statistics, config=configured(SOLVERS, step.name, step.options))
+    return factors[step].gram
+
+
 def _mask_of(mask: jax.Array | None, rows: jax.Array, what: str) -> jax.Array | None:
     if mask is not None and mask.shape != rows.shape[:-1]:
         raise InputError(f"{what}: a mask of {mask.shape} for inputs of {rows.shape}: it must be one entry a row")
@@ -190,7 +207,7 @@ def _solve_layer(
     block: nnx.Module,
     path: Path,
     rule: Rule,
-    statistics: Gram | None,
+    statistics: Gram | OrderedGram | None,
     factors: dict[Step, Any],
     data: Data | None,
     prefix: str,
@@ -206,16 +223,17 @@ def _solve_layer(
         module = _packed(layer, path, rule, solution.qtensor, data)
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
-    if rule.activation is None:
+    seconds += time.perf_counter() - started
+    report = weight_report(prefix + path, rule, weight, solution, statistics, seconds)
+    if rule.activation is None:  # after the report, which needs room for another weight
         set_weight_matrix(layer, layer_programs.decoded(solution.qtensor))
     else:
         replace(block, {path: module})
-    seconds += time.perf_counter() - started
-    return module, weight_report(prefix + path, rule, weight, solution, statistics, seconds)
+    return module, report
 
 
 def weight_report(
-    path: Path, rule: Rule, weight: jax.Array, solution: Solution, statistics: Gram | None, seconds: float
+    path: Path, rule: Rule, weight: jax.Array, solution: Solution, statistics: Gram | OrderedGram | None, seconds: float
 ) -> LayerReport:
     """What a solution cost."""
     scheme = solution.qtensor.scheme
@@ -239,7 +257,7 @@ def weight_report(
 
 def solve(
     weight: jax.Array,
-    statistics: Gram | None,
+    statistics: Gram | OrderedGram | None,
     scheme: Scheme,
     rule: Rule,
     *,
@@ -254,6 +272,7 @@ def solve(
     known = statistics if solver.needs_gram else None
     if weight.ndim == 2 and solver.factorize and solver.solve_with and known is not None and factors is not None:
         if rule.method not in factors:
+            assert isinstance(known, Gram)
             factors[rule.method] = solver.factorize(known, config=config)
         return solver.solve_with(weight, factors[rule.method], scheme, config=config)
     if weight.ndim == 2:
