@@ -60,10 +60,12 @@ def square(rows: Float[Array, "out n"], above: Float[Array, "n n"], diagonal: Fl
     tiles = [(row, column) for row in range(count) for column in range(row, count)]
 
     def one_tile(total: Array, tile: Array) -> tuple[Array, None]:
-        begins = jnp.minimum(tile * width, size - width)  # the last one may begin earlier: what is another's is left out
+        begins = jnp.minimum(
+            tile * width, size - width
+        )  # the last one may begin earlier: what is another's is left out
         left, right = (jax.lax.dynamic_slice_in_dim(rows, begin, width, axis=1) for begin in begins)
         row, column = (begins[:, None] + jnp.arange(width))[:, :, None]
-        own = (row < column.T) & (row >= tile[0] * width) & (column.T >= tile[1] * width)
+        own = (row < column.T) & (row >= tile[0] * width) & (tile[1] * width <= column.T)
         values = jnp.where(own, jax.lax.dynamic_slice(above, begins, (width, width)), 0)
         return total + jnp.sum(jnp.matmul(left, values, precision=jax.lax.Precision.HIGHEST) * right), None
 

@@ -2,8 +2,8 @@
 
 {q, k, v} → {o} → {gate, up} → {down}: layers that read the same input are solved with the same statistics, and those
 after them see what the quantized ones give (true-sequential, SPEC 4). A quantized layer stays a float layer holding the
-decoded weight until the block is done: that computes the same, bit for bit, and blocks of equal structure share their
-compiled programs.
+decoded weight while the block still asks for its output: that computes the same, bit for bit, and blocks of equal
+structure share their compiled programs.
 
 Reference: GPTQ (Frantar et al., 2210.17323), 3.3; --true-sequential of its authors' code.
 """
@@ -25,7 +25,7 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.scheme import scheme as parse_scheme
-from jquant.nn.capture import Arguments, capture, input_groups, replay_output
+from jquant.nn.capture import Arguments, capture, input_groups, replay_output, unread
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weight_matrix
 from jquant.nn.protocol import Equivalence
@@ -58,7 +58,8 @@ def quantize_block(
     prefix: str = "",
     ahead: Ahead | None = None,
 ) -> Solved:
-    """Quantizes the layers that have a rule. The block keeps float layers, with the decoded weights in them.
+    """Quantizes the layers that have a rule. Those that the block's output still depends on stay float layers, with the
+    decoded weights in them.
 
     Args:
         block: float; changed in place.
@@ -88,9 +89,10 @@ def quantize_block(
         if data is not None:
             ahead.wait("capture", group[0])
             _capture_inputs(block, group, replayed, data)
+            replayed.extend(group)
+            _pack_unread(block, packed, replayed, data)
             ahead.wait("gram", group[0])
             statistics = _gram(block, group, data, prefix)
-            replayed.extend(group)
         factors: dict[Step, Any] = {}
         if statistics is not None:
             ahead.wait("solve", group[0])
@@ -151,6 +153,12 @@ def _capture_inputs(block: nnx.Module, group: Sequence[Path], replayed: Sequence
         calls = capture(block, group[:1], data.arguments(batch), replay=before)[group[0]]
         for path in group:
             data.store.put(path, batch, calls)
+
+
+def _pack_unread(block: nnx.Module, packed: Mapping[Path, nnx.Module], replayed: Sequence[Path], data: Data) -> None:
+    """Lets go of the decoded weights of layers whose outputs nothing that is still to come asks for."""
+    done = unread(block, tuple(packed), data.arguments(0), replay=_inputs(data, replayed, 0))
+    replace(block, {path: packed[path] for path in done})
 
 
 def _inputs(data: Data, paths: Sequence[Path], batch: int) -> dict[Path, tuple[Arguments, ...]]:

@@ -41,6 +41,7 @@ from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
 _BLOCKS = 8  # of columns that a kernel rounds, between products with all that was lost before
+_TILES = 8192  # whose ranges are searched side by side: what is made of them stays in the cache
 _SPAN = 512  # errors that go into one product; those of longer stretches are summed
 
 
@@ -105,13 +106,13 @@ class _State(NamedTuple):
 class _Problem(NamedTuple):
     """What stays the same while columns are rounded."""
 
-    weight: Array  # [columns, out]
+    weight: Array  # [columns, out], also of dead inputs
     order: Array  # of columns
     halves: Array  # `Factor.halves`, of columns in order, as all below
     root: Array
     place: Array  # the group of each column
     outer: Array | None  # second level of nested scales
-    importance: Array  # H_jj, by which ranges are searched
+    importance: Array  # H_jj, by which ranges are searched; 0 of dead inputs
     settle: Array | None  # [groups, group, group] inverses of R_ki / R_ii inside groups; see `_open_group`
 
 
@@ -129,8 +130,7 @@ def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way:
     group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
     levels = _levels(group, columns, config, way)
     width = -(-columns // levels[0]) * levels[0]
-    weight = jnp.where(factor.dead, 0.0, w.astype(jnp.float32))
-    turned = weight.T
+    turned = w.astype(jnp.float32).T
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
     halves = factor.halves
     if width > columns:  # else it would be copied for nothing
@@ -141,7 +141,7 @@ def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way:
         halves=halves,
         root=jnp.pad(factor.root, (0, width - columns)),
         place=(order if config.act_order == "static" else jnp.arange(width)) // group,
-        outer=outer_scale(scheme.scale, weight, scheme.element),
+        outer=outer_scale(scheme.scale, _alive(turned, factor.diagonal), scheme.element),
         importance=jnp.pad(factor.diagonal, (0, width - columns))[order],
         settle=None if config.act_order == "static" or group == width else inverse_upper(_shares(halves, group)),
     )
@@ -294,8 +294,13 @@ def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, pl
 
 def _columns(problem: _Problem, at: Array, size: int) -> Array:
     """So many columns of W in order, from the one at `at` on; [size, out]."""
-    chosen = jax.lax.dynamic_slice_in_dim(problem.order, at, size)
-    return problem.weight.at[chosen].get(mode="promise_in_bounds")
+    chosen, importance = (jax.lax.dynamic_slice_in_dim(each, at, size) for each in (problem.order, problem.importance))
+    return _alive(problem.weight.at[chosen].get(mode="promise_in_bounds"), importance)
+
+
+def _alive(columns: Array, importance: Array) -> Array:
+    """Columns [n, out], 0 where the input was: where they are read, or all would be copied once more."""
+    return jnp.where(importance[:, None] == 0, 0.0, columns)
 
 
 def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int, plan: _Plan) -> Array:
@@ -377,23 +382,50 @@ def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, pla
 
 
 def _choose(columns: Array, importance: Array, group: int, outer: Array | None, plan: _Plan) -> _Parameters:
-    """Of whole groups of columns [groups · group, out]."""
-    scheme, rows = plan.scheme, columns.shape[1]
-    tile_rows = scheme.granularity.tile(rows, group)[0]
-    search = RangeSearch(exponent=2.0) if plan.config.range == "output" else RangeSearch()
-    weights = importance if plan.config.range == "output" else None
-    if plan.config.range != "minmax" and plan.way != "jnp" and range_search.fits(scheme, group, tile_rows):
+    """Of whole groups of columns [groups · group, out]; on CPU a few groups at a time."""
+    rows, groups = columns.shape[1], len(columns) // group
+    tile_rows = plan.scheme.granularity.tile(rows, group)[0]
+    known = plan.config.range != "minmax" and plan.way != "jnp"
+    if known and range_search.fits(plan.scheme, group, tile_rows):
         found = range_search.search_parameters(
-            columns, group, scheme, importance=weights, config=search, interpret=plan.way == "interpret"
+            _alive(columns, importance),
+            group,
+            plan.scheme,
+            importance=importance if plan.config.range == "output" else None,
+            config=_search(plan),
+            interpret=plan.way == "interpret",
         )
         return _by_groups(found)
+    together = groups if plan.way != "jnp" else min(groups, -(-_TILES // -(-rows // tile_rows)))
+
+    def some(begin: Array | int, count: int) -> _Parameters:
+        values, weights = (
+            jax.lax.dynamic_slice_in_dim(each, begin * group, count * group) for each in (columns, importance)
+        )
+        return _choose_together(_alive(values, weights), weights, group, tile_rows, outer, plan)
+
+    whole = groups // together
+    _, found = jax.lax.scan(lambda _, index: (None, some(index * together, together)), None, jnp.arange(whole))
+    found = jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), found)
+    if whole * together == groups:
+        return found
+    rest = some(whole * together, groups - whole * together)
+    return jax.tree.map(lambda *each: jnp.concatenate(each), found, rest)
+
+
+def _choose_together(
+    columns: Array, importance: Array, group: int, tile_rows: int, outer: Array | None, plan: _Plan
+) -> _Parameters:
+    scheme, rows = scheme_of_search(plan.scheme), columns.shape[1]
     tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
     if plan.config.range == "minmax":
-        return _by_groups(choose_parameters(tiles, scheme_of_search(scheme), outer=outer))
-    weights = None if weights is None else weights.reshape(1, 1, -1, group)
-    return _by_groups(
-        search_parameters(tiles, scheme_of_search(scheme), outer=outer, importance=weights, config=search)
-    )
+        return _by_groups(choose_parameters(tiles, scheme, outer=outer))
+    weights = importance.reshape(1, 1, -1, group) if plan.config.range == "output" else None
+    return _by_groups(search_parameters(tiles, scheme, outer=outer, importance=weights, config=_search(plan)))
+
+
+def _search(plan: _Plan) -> RangeSearch:
+    return RangeSearch(exponent=2.0) if plan.config.range == "output" else RangeSearch()
 
 
 def _by_groups(found: Parameters) -> _Parameters:

@@ -11,7 +11,6 @@ Reference: Frantar et al., 2210.17323, 3.3 and SPEC 4; see gptq.py for the form 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -53,8 +52,7 @@ class Factor(NamedTuple):
     halves: Float[Array, "*batch in in"]
     root: Float[Array, "*batch in"]  # R_ii, likewise
     order: Int[Array, "*batch in"]
-    diagonal: Float[Array, "*batch in"]  # of H, by original column
-    dead: Bool[Array, "*batch in"]  # inputs that were always 0, by original column
+    diagonal: Float[Array, "*batch in"]  # of H, by original column; 0 where the input always was
     damping: Float[Array, "*batch"]  # λ that was added, as a multiple of the mean diagonal
     fallback: Bool[Array, "*batch"]  # no damping gave a factor: R is the identity, and rounding is to nearest
 
@@ -81,14 +79,13 @@ def traced_factorization(gram: Gram, config: GPTQConfig, *, in_place: bool) -> A
 
 def _factorized(matrix: Array, config: GPTQConfig) -> Factor:
     diagonal = jnp.diagonal(matrix)
-    dead = diagonal == 0
     if config.act_order == "none":
         order = jnp.arange(len(diagonal))
     else:
         order = jnp.argsort(-diagonal)
         matrix = reordered(matrix, order)
     known = diagonal[order]
-    ones = dead[order].astype(jnp.float32)
+    ones = (known == 0).astype(jnp.float32)  # of dead inputs
     mean = jnp.mean(known + ones)
 
     def damping_of(tries: Array) -> Array:
@@ -109,7 +106,7 @@ def _factorized(matrix: Array, config: GPTQConfig) -> Factor:
     at = jnp.arange(len(root))
     share = jnp.where(at[:, None] == at, 1.0, jnp.where(fallback, 0.0, halves / root[:, None]))
     halves = jnp.where(at[:, None] < at, halves, share)
-    return Factor(halves, root, order, diagonal, dead, damping_of(tries), fallback)
+    return Factor(halves, root, order, diagonal, damping_of(tries), fallback)
 
 
 _factorize = jax.jit(_factorized, static_argnames="config")
