@@ -20,6 +20,7 @@ from jquant.core.errors import InputError
 from jquant.core.symmetric import mirrored
 
 _STRIPS, _WORTH_STRIPS = 4, 512  # at 576 strips take 0.73 of the time (one core); narrower products lose speed
+_WORTH_TILES = 2048
 _STRETCH = 256  # rows of an expert in one product
 
 
@@ -91,19 +92,46 @@ def update_grouped(state: GramState, x: Float[Array, "rows in"], counts: Int[Arr
 
 
 def _add_products(products: Float[Array, "in in"], rows: Float[Array, "rows in"]) -> Float[Array, "in in"]:
-    """Adds xᵀx by strips that begin at the diagonal: of four, 5/8 of the multiplications."""
+    """Adds xᵀx on and above the diagonal: in four parts 5/8 of the multiplications."""
     dim = rows.shape[1]
-    tile = -(-dim // _STRIPS) if dim >= _WORTH_STRIPS else dim
+    if dim < _WORTH_STRIPS:
+        return products + _product(rows, rows)
+    if dim < _WORTH_TILES:
+        return _add_strips(products, rows)
+    return jax.lax.platform_dependent(products, rows, cpu=_add_tiles, default=_add_strips)
+
+
+def _add_strips(products: Array, rows: Array) -> Array:
+    """By strips that begin at the diagonal. XLA on CPU makes all of them before it adds the first."""
+    dim = rows.shape[1]
+    tile = -(-dim // _STRIPS)
     for begin in range(0, dim, tile):
-        strip = jnp.einsum(
-            "ri,rj->ij",
-            rows[:, begin : begin + tile],
-            rows[:, begin:],
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        strip = _product(rows[:, begin : begin + tile], rows[:, begin:])
         products = products.at[begin : begin + tile, begin:].add(strip)
     return products
+
+
+def _add_tiles(products: Array, rows: Array) -> Array:
+    """By tiles, one after another: the memory of one beside the sums, and the same bits."""
+    dim = rows.shape[1]
+    tile = -(-dim // _STRIPS)
+
+    def one(products: Array, place: Array) -> tuple[Array, None]:
+        begins = jnp.minimum(place * tile, dim - tile)  # the last may begin earlier, and leaves out what is another's
+        found = _product(*(jax.lax.dynamic_slice_in_dim(rows, begin, tile, axis=1) for begin in begins))
+        row, column = (begins[:, None] + jnp.arange(tile) >= place[:, None] * tile)[:, :, None]
+        found += jax.lax.dynamic_slice(products, begins, found.shape)
+        found = jnp.where(row & column.T, found, jax.lax.dynamic_slice(products, begins, found.shape))
+        return jax.lax.dynamic_update_slice(products, found, begins), None
+
+    places = [(row, column) for row in range(_STRIPS) for column in range(row, _STRIPS)]
+    return jax.lax.scan(one, products, jnp.asarray(places))[0]
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.einsum(
+        "ri,rj->ij", left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 def merge(*states: GramState) -> GramState:

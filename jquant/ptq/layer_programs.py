@@ -31,12 +31,13 @@ def errors(
     """Squared and relative, of rounding to nearest and of the solution, over a whole stack: see `LayerReport`.
 
     In small programs, one product in the last: together they took a GPU's compiler ten seconds a shape, and the memory
-    of six matrices.
+    of six matrices. Each waits for those before it, whose operands would stay as long as it does.
     """
     order = _order(statistics)
-    size = _squares(_difference(weight, None, order), statistics)
+    jax.block_until_ready(value)
+    size = jax.block_until_ready(_squares(_difference(weight, None, order), statistics))
     size = jnp.where(size > 0, size, 1.0)
-    rounding = _squares(_difference(weight, _rounded(weight, scheme), order), statistics)
+    rounding = jax.block_until_ready(_squares(_difference(weight, _rounded(weight, scheme), order), statistics))
     return rounding / size, _squares(_difference(weight, value, order), statistics) / size
 
 
