@@ -129,9 +129,7 @@ def _add_tiles(products: Array, rows: Array) -> Array:
 
 
 def _product(left: Array, right: Array) -> Array:
-    return jnp.einsum(
-        "ri,rj->ij", left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("ri,rj->ij", left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def merge(*states: GramState) -> GramState:

@@ -57,6 +57,7 @@ def quantize_block(
     equivalences: Sequence[Equivalence] = (),
     prefix: str = "",
     ahead: Ahead | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Solved:
     """Quantizes the layers that have a rule. Those that the block's output still depends on stay float layers, with the
     decoded weights in them.
@@ -69,6 +70,7 @@ def quantize_block(
         equivalences: where transforms may rescale channels.
         prefix: before the paths in reports and messages, as "blocks.3.".
         ahead: compiles beside the work; by default each program is compiled when it is reached.
+        after_step: is called when statistics were gathered, and when a layer was solved.
 
     Raises:
         InputError: a rule does not fit a layer, or statistics are not finite; the message names the layer.
@@ -96,6 +98,7 @@ def quantize_block(
         factors: dict[Step, Any] = {}
         if statistics is not None:
             ahead.wait("solve", group[0])
+            after_step()
             statistics = _factorized(block, group, rules, statistics, factors)
         shared = (time.perf_counter() - started) / len(group)
         for path in group:
@@ -103,6 +106,7 @@ def quantize_block(
             layer, report = _solve_layer(block, path, rules[path], statistics, factors, data, prefix, shared)
             packed[path] = layer
             reports.append(report)
+            after_step()
     return Solved(packed, reports, rewritten)
 
 
