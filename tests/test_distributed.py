@@ -145,6 +145,29 @@ def test_quantization_over_two_processes_outlives_a_kill(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "scheme"), [("awq", "int4:g32"), ("smoothquant@int8:token", "int8:channel"), ("hqq", "int4:g32:asym")]
+)
+def test_other_methods_over_two_processes(method: str, scheme: str, tiny: Path, tmp_path: Path) -> None:
+    """Scales that are searched on data in two places, and a solver without data: as one process finds them."""
+    options = ["--scheme", scheme, "--method", method, "--calibration-windows", "4", "--window", "64", "--batch", "2"]
+    command = ["quantize", str(tiny), *options, "--out"]
+    with started(*[[*command, str(tmp_path / "two"), *MESH]] * 2) as processes:
+        results = ended(processes)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert main([*command, str(tmp_path / "one")]) == 0
+    two, one = open_native(tmp_path / "two"), open_native(tmp_path / "one")
+    assert set(two.names) == set(one.names)
+    for name in one.names:
+        found, expected = two.read(name), one.read(name)
+        if isinstance(expected, QTensor):
+            assert isinstance(found, QTensor)
+            assert np.mean(np.asarray(found.codes()) != np.asarray(expected.codes())) < 0.005
+        else:
+            np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_training_over_two_processes(tiny: Path, tmp_path: Path) -> None:
     """Masters, moments and states in parts on both; the model that comes of it predicts as one process's does."""
     options = ["--recipe", "int3-g64-lsq", "--window", "32", "--windows", "16", "--steps", "4", "--batch", "4"]

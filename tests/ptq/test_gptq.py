@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -13,7 +14,7 @@ from jquant.calib import gram
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
-from jquant.ptq import cholesky, gptq, rtn
+from jquant.ptq import cholesky, gptq, gptq_factor, layer_programs, rtn
 from jquant.ptq.cholesky import cholesky_below
 from jquant.ptq.gptq import GPTQConfig
 from tests.jitted import dequantize, quantize
@@ -248,6 +249,52 @@ def test_damping_is_raised_until_it_helps_and_reported() -> None:
     found = gptq.solve(jnp.asarray(W), hopeless, scheme("int4:g32"), config=PLAIN)
     assert bool(found.fallback)
     np.testing.assert_array_equal(dequantize(found.qtensor), dequantize(quantize(jnp.asarray(W), scheme("int4:g32"))))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_factor_in_place_is_the_factor_and_still_has_the_matrix(config: GPTQConfig) -> None:
+    expected = gptq.factorize(GRAM, config=config)
+    given = gram.Gram(jnp.array(GRAM.matrix), GRAM.rows)
+    found = gptq_factor.factorize_in_place(given, config=config)
+    assert given.matrix.is_deleted()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    above, diagonal, order = map(np.asarray, found.gram)
+    np.testing.assert_array_equal(np.triu(above, 1), np.triu(np.asarray(GRAM.matrix)[order][:, order], 1))
+    np.testing.assert_array_equal(diagonal, np.diagonal(GRAM.matrix))
+    quantized = quantize(jnp.asarray(W), scheme("int4:g32"))
+    reports = [
+        layer_programs.errors(jnp.asarray(W), quantized, quantized.scheme, known) for known in (GRAM, found.gram)
+    ]
+    np.testing.assert_allclose(*reports, rtol=1e-4)
+
+
+def test_the_matrix_outlives_a_failed_factorization() -> None:
+    """The first two dampings fail and overwrite half of it; what the third gives is as if it had been the first."""
+    matrix = jnp.outer(jnp.asarray(X[0]), jnp.asarray(X[0])) - 0.5 * jnp.eye(COLUMNS)
+    found = gptq_factor.factorize_in_place(gram.Gram(jnp.array(matrix), jnp.float32(1)), config=PLAIN)
+    assert float(found.damping) > 0.05
+    np.testing.assert_array_equal(np.triu(found.gram.above, 1), np.triu(matrix, 1))
+    at_once = gptq.factorize(
+        gram.Gram(matrix, jnp.float32(1)), config=dataclasses.replace(PLAIN, damping=float(found.damping))
+    )
+    np.testing.assert_allclose(np.tril(found.halves), np.tril(at_once.halves), rtol=1e-6, atol=1e-6)
+
+
+def test_a_wide_layer_is_solved_in_the_memory_of_its_gram_matrix() -> None:
+    """Beside matrix and weight: half a matrix for the factor, and three weights and a half for the solution."""
+    rows, columns = 1024, 2048
+    known = gram.Gram(_abstract(columns, columns), _abstract())
+    for config in (GPTQConfig(), GPTQConfig(act_order="none")):
+        factorizing, solving = gptq.programs(_abstract(rows, columns), known, scheme("int4:g64"), config)
+        found, solved = (each.lower().compile().memory_analysis() for each in (factorizing, solving))
+        assert found.alias_size_in_bytes == 4 * columns**2
+        assert found.temp_size_in_bytes < 4 * columns**2 / 2
+        assert solved.temp_size_in_bytes < 3.5 * 4 * rows * columns
+
+
+def _abstract(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, "float32")
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
