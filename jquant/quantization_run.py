@@ -30,7 +30,7 @@ from jquant.ptq.preflight import Estimate, estimate
 from jquant.ptq.recipe import Recipe, assign
 from jquant.ptq.workdir import open_workdir
 
-NUMERICS = 6  # raised when a change moves bits: an unfinished run of another value is not gone on with
+NUMERICS = 7  # raised when a change moves bits: an unfinished run of another value is not gone on with
 
 
 def quantize_checkpoint(
@@ -49,7 +49,7 @@ def quantize_checkpoint(
     """Quantizes a checkpoint into a new native one.
 
     Until it is done everything lies in `.NAME.unfinished` beside `out`; the same call goes on from there, to the same
-    bits. Memory holds two blocks, their statistics, and the activations unless they spill.
+    bits. Memory holds two blocks, of GPTQ two and a half, and the activations unless they spill.
 
     Args:
         checkpoint: of float weights.

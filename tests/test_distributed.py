@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -142,6 +143,30 @@ def test_quantization_over_two_processes_outlives_a_kill(tmp_path: Path) -> None
             results = ended(processes, seconds=600)
         assert [code for code, _, _ in results] == [0, 0], results
         assert open_native(tmp_path / out).sha256 == whole.sha256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "scheme"), [("awq", "int4:g32"), ("smoothquant@int8:token", "int8:channel"), ("hqq", "int4:g32:asym")]
+)
+def test_other_methods_over_two_processes(method: str, scheme: str, tiny: Path, tmp_path: Path) -> None:
+    """Scales that are searched on data in two places, and a solver without data: as one process finds them."""
+    options = ["--scheme", scheme, "--method", method, "--calibration-windows", "2", "--window", "32", "--batch", "2"]
+    command = ["quantize", str(tiny), *options, "--out"]
+    with started(*[[*command, str(tmp_path / "two"), *MESH]] * 2) as processes:
+        results = ended(processes)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert main([*command, str(tmp_path / "one")]) == 0
+    two, one = open_native(tmp_path / "two"), open_native(tmp_path / "one")
+    assert set(two.names) == set(one.names)
+    found, expected = (json.loads((tmp_path / name / "coverage.json").read_text())["layers"] for name in ("two", "one"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["path"] == theirs["path"]
+        # Of scales that are as good as each other another may be found best.
+        assert ours["error"] == pytest.approx(theirs["error"], rel=0.1 if method == "awq" else 0.01)
+    for name in one.names if method == "hqq" else ():
+        for each, other in zip(jax.tree.leaves(two.read(name)), jax.tree.leaves(one.read(name)), strict=True):
+            np.testing.assert_array_equal(np.asarray(each), np.asarray(other))
 
 
 @pytest.mark.slow

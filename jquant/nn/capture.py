@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.extend.core import Literal
 
 from jquant.core.errors import InputError
 from jquant.nn.surgery import Path, module_at, replace
@@ -58,6 +59,27 @@ def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -
     """That of `replay_output`."""
     graphdef, state = nnx.split(module)
     return _replay_output.trace(graphdef, state, arguments, dict(replay))
+
+
+def unread(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs) -> tuple[Path, ...]:
+    """The layers of `paths` whose weights `replay_output` does not read: what they lead to is replayed further on.
+
+    Nothing is computed. Modules, arguments and replayed inputs may be abstract.
+    """
+    graphdef, state = nnx.split(module)
+    jaxpr = _replay_output.trace(graphdef, state, arguments, dict(replay)).jaxpr.jaxpr
+    read = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if not read.isdisjoint(equation.outvars):
+            read.update(variable for variable in equation.invars if not isinstance(variable, Literal))
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    of_layers: dict[Path, list[Any]] = {path: [] for path in paths}
+    for (keys, _), variable in zip(leaves, jaxpr.invars, strict=False):  # the state's are the first
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]
+        for at in range(len(names)):
+            if (path := ".".join(names[:at])) in of_layers:
+                of_layers[path].append(variable)
+    return tuple(path for path, variables in of_layers.items() if variables and read.isdisjoint(variables))
 
 
 def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments) -> tuple[tuple[Path, ...], ...]:

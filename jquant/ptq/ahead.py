@@ -14,12 +14,13 @@ import jax
 from flax import nnx
 
 from jquant.calib.gram import Gram, GramState
+from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.kernels.dispatch import on_cpu
-from jquant.nn.capture import traced_capture, traced_output
+from jquant.nn.capture import traced_capture, traced_output, unread
 from jquant.nn.linear import ExpertLinear
-from jquant.nn.matrices import input_rows, weight_matrix
-from jquant.nn.surgery import Path, module_at
+from jquant.nn.matrices import input_rows, packed_layer, weight_matrix
+from jquant.nn.surgery import Path, module_at, replace
 from jquant.ptq import layer_programs
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
@@ -74,14 +75,20 @@ def _traced(
     """The programs of each stage."""
     traced: dict[tuple[Stage, Path], list[Any]] = {}
     replay: dict[Path, Any] = {}
+    packed: dict[Path, nnx.Module] = {}
+    block = nnx.merge(*nnx.split(block))  # of its own, with the same arrays
     for group in groups:
         captured = traced_capture(block, group[:1], data.arguments(0), replay=replay)
         traced["capture", group[0]] = [captured]
         calls = captured.out_info[group[0]]
         replay |= dict.fromkeys(group, calls)
+        replace(block, {path: packed[path] for path in unread(block, tuple(packed), data.arguments(0), replay=replay)})
         traced["gram", group[0]] = _of_gram(module_at(block, group[0]), calls, data.mask(0))
         for path in group:
-            traced["solve", path] = _of_solver(module_at(block, path), rules[path])
+            layer = module_at(block, path)
+            traced["solve", path], weight = _of_solver(layer, rules[path])
+            if weight is not None and rules[path].activation is None:
+                packed[path] = nnx.eval_shape(packed_layer, layer, weight)
     traced["output", ""] = [traced_output(block, data.arguments(0), replay=replay)]
     return traced
 
@@ -95,16 +102,18 @@ def _of_gram(layer: nnx.Module, calls: Sequence[Any], mask: Any) -> list[Any]:
     return [layer_programs.update.trace(state, rows, mask), layer_programs.finalize.trace(state)]
 
 
-def _of_solver(layer: nnx.Module, rule: Rule) -> list[Any]:
+def _of_solver(layer: nnx.Module, rule: Rule) -> tuple[list[Any], QTensor | None]:
+    """The programs, and what they make of the weight, where that can be foreseen."""
     method = SOLVERS[rule.method.name]
     weight = weight_matrix(layer)
     if method.programs is None or weight.ndim != 2:
-        return []
+        return [], None
     scheme, size = parse_scheme(rule.scheme or ""), weight.shape[1]
     gram = Gram(_float32(size, size), _float32())
     config = configured(SOLVERS, rule.method.name, rule.method.options)
-    solving = method.programs(weight, gram, scheme, config)
-    return [*solving, *layer_programs.traced_report(weight, solving[-1].out_info.qtensor, scheme, gram)]
+    factorizing, solving = method.programs(weight, gram, scheme, config)
+    report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram)
+    return [factorizing, solving, *report], solving.out_info.qtensor
 
 
 def _float32(*shape: int) -> Any:

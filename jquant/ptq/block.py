@@ -2,8 +2,8 @@
 
 {q, k, v} → {o} → {gate, up} → {down}: layers that read the same input are solved with the same statistics, and those
 after them see what the quantized ones give (true-sequential, SPEC 4). A quantized layer stays a float layer holding the
-decoded weight until the block is done: that computes the same, bit for bit, and blocks of equal structure share their
-compiled programs.
+decoded weight while the block still asks for its output: that computes the same, bit for bit, and blocks of equal
+structure share their compiled programs.
 
 Reference: GPTQ (Frantar et al., 2210.17323), 3.3; --true-sequential of its authors' code.
 """
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jquant.calib import gram
-from jquant.calib.gram import Gram, GramState
+from jquant.calib.gram import Gram, GramState, OrderedGram
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.scheme import scheme as parse_scheme
-from jquant.nn.capture import Arguments, capture, input_groups, replay_output
+from jquant.nn.capture import Arguments, capture, input_groups, replay_output, unread
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weight_matrix
 from jquant.nn.protocol import Equivalence
@@ -57,8 +57,10 @@ def quantize_block(
     equivalences: Sequence[Equivalence] = (),
     prefix: str = "",
     ahead: Ahead | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Solved:
-    """Quantizes the layers that have a rule. The block keeps float layers, with the decoded weights in them.
+    """Quantizes the layers that have a rule. Those that the block's output still depends on stay float layers, with the
+    decoded weights in them.
 
     Args:
         block: float; changed in place.
@@ -68,6 +70,7 @@ def quantize_block(
         equivalences: where transforms may rescale channels.
         prefix: before the paths in reports and messages, as "blocks.3.".
         ahead: compiles beside the work; by default each program is compiled when it is reached.
+        after_step: is called when statistics were gathered, and when a layer was solved.
 
     Raises:
         InputError: a rule does not fit a layer, or statistics are not finite; the message names the layer.
@@ -88,16 +91,22 @@ def quantize_block(
         if data is not None:
             ahead.wait("capture", group[0])
             _capture_inputs(block, group, replayed, data)
+            replayed.extend(group)
+            _pack_unread(block, packed, replayed, data)
             ahead.wait("gram", group[0])
             statistics = _gram(block, group, data, prefix)
-            replayed.extend(group)
         factors: dict[Step, Any] = {}
+        if statistics is not None:
+            ahead.wait("solve", group[0])
+            after_step()
+            statistics = _factorized(block, group, rules, statistics, factors)
         shared = (time.perf_counter() - started) / len(group)
         for path in group:
             ahead.wait("solve", path)
             layer, report = _solve_layer(block, path, rules[path], statistics, factors, data, prefix, shared)
             packed[path] = layer
             reports.append(report)
+            after_step()
     return Solved(packed, reports, rewritten)
 
 
@@ -150,6 +159,12 @@ def _capture_inputs(block: nnx.Module, group: Sequence[Path], replayed: Sequence
             data.store.put(path, batch, calls)
 
 
+def _pack_unread(block: nnx.Module, packed: Mapping[Path, nnx.Module], replayed: Sequence[Path], data: Data) -> None:
+    """Lets go of the decoded weights of layers whose outputs nothing that is still to come asks for."""
+    done = unread(block, tuple(packed), data.arguments(0), replay=_inputs(data, replayed, 0))
+    replace(block, {path: packed[path] for path in done})
+
+
 def _inputs(data: Data, paths: Sequence[Path], batch: int) -> dict[Path, tuple[Arguments, ...]]:
     return {path: data.store.get(path, batch) for path in paths}
 
@@ -175,6 +190,20 @@ def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> 
     return found
 
 
+def _factorized(
+    block: nnx.Module, group: Sequence[Path], rules: Mapping[Path, Rule], statistics: Gram, factors: dict[Step, Any]
+) -> Gram | OrderedGram:
+    """Puts the factor that one method makes of the statistics into `factors`, and into their memory, and returns what
+    reports need of them. Nothing is done where several methods make something of them."""
+    methods = {rules[path].method for path in group if SOLVERS[rules[path].method.name].needs_gram}
+    step = methods.pop() if len(methods) == 1 else None
+    solver = None if step is None else SOLVERS[step.name]
+    if step is None or solver is None or solver.factorize_in_place is None or statistics.matrix.ndim > 2:
+        return statistics
+    factors[step] = solver.factorize_in_place(statistics, config=configured(SOLVERS, step.name, step.options))
+    return factors[step].gram
+
+
 def _mask_of(mask: jax.Array | None, rows: jax.Array, what: str) -> jax.Array | None:
     if mask is not None and mask.shape != rows.shape[:-1]:
         raise InputError(f"{what}: a mask of {mask.shape} for inputs of {rows.shape}: it must be one entry a row")
@@ -190,7 +219,7 @@ def _solve_layer(
     block: nnx.Module,
     path: Path,
     rule: Rule,
-    statistics: Gram | None,
+    statistics: Gram | OrderedGram | None,
     factors: dict[Step, Any],
     data: Data | None,
     prefix: str,
@@ -206,16 +235,17 @@ def _solve_layer(
         module = _packed(layer, path, rule, solution.qtensor, data)
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
-    if rule.activation is None:
+    seconds += time.perf_counter() - started
+    report = weight_report(prefix + path, rule, weight, solution, statistics, seconds)
+    if rule.activation is None:  # after the report, which needs room for another weight
         set_weight_matrix(layer, layer_programs.decoded(solution.qtensor))
     else:
         replace(block, {path: module})
-    seconds += time.perf_counter() - started
-    return module, weight_report(prefix + path, rule, weight, solution, statistics, seconds)
+    return module, report
 
 
 def weight_report(
-    path: Path, rule: Rule, weight: jax.Array, solution: Solution, statistics: Gram | None, seconds: float
+    path: Path, rule: Rule, weight: jax.Array, solution: Solution, statistics: Gram | OrderedGram | None, seconds: float
 ) -> LayerReport:
     """What a solution cost."""
     scheme = solution.qtensor.scheme
@@ -239,7 +269,7 @@ def weight_report(
 
 def solve(
     weight: jax.Array,
-    statistics: Gram | None,
+    statistics: Gram | OrderedGram | None,
     scheme: Scheme,
     rule: Rule,
     *,
@@ -254,6 +284,7 @@ def solve(
     known = statistics if solver.needs_gram else None
     if weight.ndim == 2 and solver.factorize and solver.solve_with and known is not None and factors is not None:
         if rule.method not in factors:
+            assert isinstance(known, Gram)
             factors[rule.method] = solver.factorize(known, config=config)
         return solver.solve_with(weight, factors[rule.method], scheme, config=config)
     if weight.ndim == 2:

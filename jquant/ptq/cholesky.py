@@ -1,39 +1,73 @@
-"""The Cholesky factor that begins at the last column, and the inverse of a triangle.
+"""The Cholesky factor that begins at the last column, in the place of its matrix, and the inverse of a triangle.
 
-    A = [A₁ B; · A₂] = R·Rᵀ, R upper:   A₂ = R₂·R₂ᵀ,   M = B·R₂⁻ᵀ,   A₁ − M·Mᵀ = R₁·R₁ᵀ,   R = [R₁ M; 0 R₂]
+    A = R·Rᵀ, R upper:   R_JJ·R_JJᵀ = A_JJ − Σ_{K>J} R_JK·R_JKᵀ
+                         R_IJᵀ      = R_JJ⁻¹·(A_JI − Σ_{K>J} R_JK·R_IKᵀ)  for I < J,    from the last J to the first
 
-In halves nearly all of the work is matrix products. On CPU the factor is made so, and BLAS gets no triangle to solve
-and, up to 2048, none wider than 128 to factorize: it starts threads of its own, which on a busy machine wait for each
-other up to a hundred times as long as the work takes. An accelerator would spend its time on starting many small
-kernels one after another: there its own factorization does it.
+A is read above the diagonal, and Rᵀ written below it and on it: another try with more on the diagonal needs no copy of
+A. Its memory holds both.
+
+Nearly all of the work is matrix products. On CPU the factor is made so, and BLAS gets no triangle to solve and, up to
+2048, none wider than 128 to factorize: it starts threads of its own, which on a busy machine wait for each other up to
+a hundred times as long as the work takes. An accelerator would spend its time on starting many small kernels one after
+another: there its own factorization does it.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 _WHOLE = 128  # columns that are factorized at once
 _PARTS = 16  # of a large matrix at most so many; each is compiled by itself
+_TOGETHER = 2  # parts whose rows are written together
 _SMALL = 32  # columns that are inverted one by one
+_BY_ROWS = Layout(major_to_minor=(0, 1))  # of a tile: else it takes LAPACK's, by columns, and with it all of the matrix
 
 
-def upper_cholesky(a: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """R, upper triangular, of A = R·Rᵀ; not finite where A is not positive definite.
+def cholesky_below(a: Float[Array, "n n"], diagonal: Float[Array, " n"]) -> Float[Array, "n n"]:
+    """Rᵀ on and below the diagonal, of A = R·Rᵀ with R upper triangular; not finite where A is not positive definite.
 
-    Only what stands on and above the diagonal is read.
+    Args:
+        a: A above the diagonal, which stays as it is; what stands elsewhere is not read.
+        diagonal: of A.
     """
-    return jax.lax.platform_dependent(a, cpu=_in_halves, default=_at_once)
+    return jax.lax.platform_dependent(a, diagonal, cpu=_row_by_row, default=_with_one_call)
 
 
-def _in_halves(a: Array) -> Array:
-    return _factor(a, max(_WHOLE, -(-len(a) // _PARTS)))[0]
+def _row_by_row(a: Array, diagonal: Array) -> Array:
+    size = len(a)
+    whole = max(_WHOLE, -(-size // _PARTS))
+    width = _TOGETHER * whole
+    for begin in reversed(range(0, size, width)):
+        end = min(begin + width, size)
+        tile, later = with_layout_constraint(a[begin:end, begin:end], _BY_ROWS), a[end:, begin:end].T
+        corner, inverses = _factor(_symmetric(tile, diagonal[begin:end]) - _product(later, later.T), whole)
+        left = _divide(a[:begin, begin:end].T - _product(later, a[end:, :begin]), corner, inverses)
+        rows = jnp.concatenate([left, _below(corner, tile)], axis=1)
+        a = jax.lax.dynamic_update_slice(a, rows, (begin, 0))
+    return a
+
+
+def _with_one_call(a: Array, diagonal: Array) -> Array:
+    return _below(_at_once(_symmetric(a, diagonal)), a)
+
+
+def _below(lower: Array, above: Array) -> Array:
+    at = jnp.arange(len(above))
+    return jnp.where(at[:, None] < at, above, lower)  # not their sum: where A has no factor `lower` is NaN all over
+
+
+def _symmetric(above: Array, diagonal: Array) -> Array:
+    upper = jnp.triu(above, 1)
+    return upper + upper.T + jnp.diag(diagonal)
 
 
 def _at_once(a: Array) -> Array:
+    """Rᵀ of A; read is what stands on and above its diagonal."""
     # LAPACK and its like begin at the first column and read the lower part: in reversed order that is the upper one.
-    return jnp.linalg.cholesky(a[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
+    return jnp.linalg.cholesky(a[::-1, ::-1], symmetrize_input=False)[::-1, ::-1].T
 
 
 def inverse_upper(r: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
@@ -74,27 +108,27 @@ def _substitute(r: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:
 
 
 def _factor(a: Array, whole: int) -> tuple[Array, list[Array]]:
-    """R, and the inverses of its parts on the diagonal, first to last."""
+    """Rᵀ by halves, and the inverses of the parts of R on the diagonal, first to last."""
     size = len(a)
     if size <= whole:
         found = _at_once(a)
-        return found, [inverse_upper(found)]
+        return found, [inverse_upper(found.T)]
     at = size - -(-size // whole) // 2 * whole  # the last half is of whole parts
     last, inverses = _factor(a[at:, at:], whole)
-    beside = _divide(a[:at, at:], last, inverses)
-    first, others = _factor(a[:at, :at] - _product(beside, beside.T), whole)
-    return jnp.block([[first, beside], [jnp.zeros_like(beside.T), last]]), [*others, *inverses]
+    beside = _divide(a[:at, at:].T, last, inverses)
+    first, others = _factor(a[:at, :at] - _product(beside.T, beside), whole)
+    return jnp.block([[first, jnp.zeros_like(beside.T)], [beside, last]]), [*others, *inverses]
 
 
-def _divide(b: Array, upper: Array, inverses: list[Array]) -> Array:
-    """b·R⁻ᵀ."""
+def _divide(b: Array, lower: Array, inverses: list[Array]) -> Array:
+    """R⁻¹·b, with Rᵀ given."""
     if len(inverses) == 1:
-        return _product(b, inverses[0].T)
+        return _product(inverses[0], b)
     split = len(inverses) // 2
     at = sum(map(len, inverses[:split]))
-    last = _divide(b[:, at:], upper[at:, at:], inverses[split:])
-    first = _divide(b[:, :at] - _product(last, upper[:at, at:].T), upper[:at, :at], inverses[:split])
-    return jnp.concatenate([first, last], axis=1)
+    last = _divide(b[at:], lower[at:, at:], inverses[split:])
+    first = _divide(b[:at] - _product(lower[at:, :at].T, last), lower[:at, :at], inverses[:split])
+    return jnp.concatenate([first, last])
 
 
 def _product(a: Array, b: Array) -> Array:

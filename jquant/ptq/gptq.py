@@ -15,15 +15,14 @@ be shorter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
 from jquant.core import packing
@@ -36,45 +35,14 @@ from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
 from jquant.kernels import dispatch, range_search
 from jquant.kernels.gptq_block import Block, fits, round_block
-from jquant.ptq.cholesky import inverse_upper, upper_cholesky
+from jquant.ptq.cholesky import inverse_upper
+from jquant.ptq.gptq_factor import Factor, GPTQConfig, factorize, traced_factorization
 from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
 _BLOCKS = 8  # of columns that a kernel rounds, between products with all that was lost before
+_TILES = 8192  # whose ranges are searched side by side: what is made of them stays in the cache
 _SPAN = 512  # errors that go into one product; those of longer stretches are summed
-_TRIES = 6  # dampings that are tried, each ten times the last
-
-
-@dataclass(frozen=True, kw_only=True)
-class GPTQConfig:
-    """How GPTQ runs."""
-
-    damping: float = 0.01  # of the mean diagonal of H, added to it
-    # Columns of large H_ii first: with groups of neighbours and their scales from the original weights, or with groups
-    # formed in that order, which the packed weight then has to say.
-    act_order: Literal["none", "static", "dynamic"] = "static"
-    # Of groups: all of it, or what loses least (core/range_search.py): of the weights, Σ|e|^2.4, or of the output, as
-    # far as columns make it alone, Σ H_jj·e_j².
-    range: Literal["minmax", "mse", "output"] = "output"
-    block: int = 128  # columns after which the rest of W is compensated in one product
-
-    def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise InputError(f"GPTQ damping {self.damping}: it must be positive, as 0.01")
-        if self.block < 1:
-            raise InputError(f"GPTQ block {self.block}: it must be at least 1 column")
-
-
-class Factor(NamedTuple):
-    """Of one Gram matrix and one order of its columns; serves every scheme and every layer that reads the input."""
-
-    share: Float[Array, "*batch in in"]  # R_ki / R_ii, columns in the order of `order`: 1 on the diagonal, 0 below
-    root: Float[Array, "*batch in"]  # R_ii, columns likewise
-    order: Int[Array, "*batch in"]
-    diagonal: Float[Array, "*batch in"]  # of H, by original column
-    dead: Bool[Array, "*batch in"]  # inputs that were always 0, by original column
-    damping: Float[Array, "*batch"]  # λ that was added, as a multiple of the mean diagonal
-    fallback: Bool[Array, "*batch"]  # no damping gave a factor: R is the identity, and rounding is to nearest
 
 
 def solve(
@@ -99,11 +67,6 @@ def solve(
     return solve_with(w, factorize(gram, config=config), scheme, config=config)
 
 
-def factorize(gram: Gram, *, config: GPTQConfig) -> Factor:
-    """R of H + λI; λ is raised tenfold until the factor is finite (SPEC 4)."""
-    return _factorize(gram.matrix, config)
-
-
 def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, config: GPTQConfig) -> Solution:
     """`solve` with a factor made before. Rows are independent; vmap over both for a stack of layers."""
     if scheme.block is not None:
@@ -115,41 +78,9 @@ def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, con
 
 
 def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[Any]:
-    """What `factorize` and `solve_with` compile for such operands, traced; nothing is computed."""
-    factorizing = _factorize.trace(gram.matrix, config)
+    """What `factorize_in_place` and `solve_with` compile for such operands, traced; nothing is computed."""
+    factorizing = traced_factorization(gram, config, in_place=True)
     return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way())]
-
-
-@partial(jax.jit, static_argnames="config")
-def _factorize(matrix: Array, config: GPTQConfig) -> Factor:
-    diagonal = jnp.diagonal(matrix)
-    dead = diagonal == 0
-    if config.act_order == "none":
-        order = jnp.arange(len(diagonal))
-    else:
-        order = jnp.argsort(-diagonal)
-        matrix = matrix.at[order[:, None], order].get(mode="promise_in_bounds")
-    ones = dead[order].astype(jnp.float32)
-    mean = jnp.mean(diagonal[order] + ones)
-
-    def damping_of(tries: Array) -> Array:
-        return config.damping * jnp.float32(10) ** (tries - 1)
-
-    def failed(state: tuple[Array, Array]) -> Array:
-        # H bounds the rows of R, so what is not finite in R shows on its diagonal.
-        return (state[0] < _TRIES) & ~jnp.all(jnp.isfinite(jnp.diagonal(state[1])))
-
-    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        tries = state[0] + 1
-        at = jnp.arange(len(matrix))  # a matrix of the diagonal would be one more in memory, and a mask of its places
-        return tries, upper_cholesky(matrix.at[at, at].add(ones + damping_of(tries) * mean))
-
-    tries, upper = jax.lax.while_loop(failed, again, (jnp.int32(0), jnp.full_like(matrix, jnp.nan)))
-    root, damping = jnp.diagonal(upper), damping_of(tries)
-    fallback = ~jnp.all(jnp.isfinite(root))
-    root = jnp.where(fallback, 1.0, root)
-    share = jnp.where(fallback, jnp.eye(len(root)), upper / root)
-    return Factor(share, root, order, diagonal, dead, damping, fallback)
 
 
 class _Parameters(NamedTuple):
@@ -175,14 +106,14 @@ class _State(NamedTuple):
 class _Problem(NamedTuple):
     """What stays the same while columns are rounded."""
 
-    weight: Array  # [columns, out]
+    weight: Array  # [columns, out], also of dead inputs
     order: Array  # of columns
-    share: Array  # of columns in order, as all below
+    halves: Array  # `Factor.halves`, of columns in order, as all below
     root: Array
     place: Array  # the group of each column
     outer: Array | None  # second level of nested scales
-    importance: Array  # H_jj, by which ranges are searched
-    settle: Array | None  # [groups, group, group] inverses of `share` inside groups; see `_open_group`
+    importance: Array  # H_jj, by which ranges are searched; 0 of dead inputs
+    settle: Array | None  # [groups, group, group] inverses of R_ki / R_ii inside groups; see `_open_group`
 
 
 class _Plan(NamedTuple):
@@ -199,21 +130,20 @@ def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way:
     group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
     levels = _levels(group, columns, config, way)
     width = -(-columns // levels[0]) * levels[0]
-    weight = jnp.where(factor.dead, 0.0, w.astype(jnp.float32))
-    turned = weight.T
+    turned = w.astype(jnp.float32).T
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
-    share = factor.share
+    halves = factor.halves
     if width > columns:  # else it would be copied for nothing
-        share = jnp.pad(share, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
+        halves = jnp.pad(halves, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
     problem = _Problem(
         weight=jnp.pad(turned, ((0, width - columns), (0, 0))),
         order=order,
-        share=share,
+        halves=halves,
         root=jnp.pad(factor.root, (0, width - columns)),
         place=(order if config.act_order == "static" else jnp.arange(width)) // group,
-        outer=outer_scale(scheme.scale, weight, scheme.element),
+        outer=outer_scale(scheme.scale, _alive(turned, factor.diagonal), scheme.element),
         importance=jnp.pad(factor.diagonal, (0, width - columns))[order],
-        settle=None if config.act_order == "static" or group == width else inverse_upper(_on_diagonal(share, group)),
+        settle=None if config.act_order == "static" or group == width else inverse_upper(_shares(halves, group)),
     )
     tile_rows = scheme.granularity.tile(rows, columns)[0]
     ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
@@ -247,10 +177,11 @@ def _chosen(w: Any) -> Any:
     return _solve_soon if soon else _solve
 
 
-def _on_diagonal(matrix: Array, size: int) -> Array:
-    """The blocks on the diagonal, [columns / size, size, size]."""
-    count = len(matrix) // size
-    return matrix.reshape(count, size, count, size)[jnp.arange(count), :, jnp.arange(count)]
+def _shares(halves: Array, size: int) -> Array:
+    """R_ki / R_ii, k first, inside so many neighbours: [columns / size, size, size]."""
+    count = len(halves) // size
+    tiles = halves.reshape(count, size, count, size)[jnp.arange(count), :, jnp.arange(count)]
+    return jnp.tril(tiles).swapaxes(1, 2)
 
 
 def _levels(group: int, columns: int, config: GPTQConfig, way: dispatch.Way) -> tuple[int, ...]:
@@ -292,7 +223,7 @@ def _round_spans(
         columns = _columns(problem, jnp.int32(at), size)
         if parts:
             lost = jnp.concatenate([part.errors for part in parts])
-            columns += jnp.matmul(problem.share[:at, at : at + size].T, lost, precision=_precision(plan))
+            columns += jnp.matmul(problem.halves[at : at + size, :at], lost, precision=_precision(plan))
         if size == plan.group and plan.config.act_order != "static":
             state = _open_group(problem, state, columns, jnp.int32(at), plan)
         part, state = _round_columns(problem, state, columns, at, size, tuple(smaller), plan)
@@ -355,7 +286,7 @@ def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, pl
         weight=weight,
         scale=scale,
         zero=zero if plan.scheme.zero_point == "integer" else None,
-        share=jax.lax.dynamic_slice(problem.share, (at, at), (size, size)),
+        share=_shares(jax.lax.dynamic_slice(problem.halves, (at, at), (size, size)), size)[0],
         root=jax.lax.dynamic_slice_in_dim(problem.root, at, size),
     )
     found = round_block(block, plan.scheme.element, interpret=plan.way == "interpret")
@@ -364,21 +295,26 @@ def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, pl
 
 def _columns(problem: _Problem, at: Array, size: int) -> Array:
     """So many columns of W in order, from the one at `at` on; [size, out]."""
-    chosen = jax.lax.dynamic_slice_in_dim(problem.order, at, size)
-    return problem.weight.at[chosen].get(mode="promise_in_bounds")
+    chosen, importance = (jax.lax.dynamic_slice_in_dim(each, at, size) for each in (problem.order, problem.importance))
+    return _alive(problem.weight.at[chosen].get(mode="promise_in_bounds"), importance)
+
+
+def _alive(columns: Array, importance: Array) -> Array:
+    """Columns [n, out], 0 where the input was: where they are read, or all would be copied once more."""
+    return jnp.where(importance[:, None] == 0, 0.0, columns)
 
 
 def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int, plan: _Plan) -> Array:
     """What `errors` of the columns from `start` on leave to the `size` columns after the `done` first; [size, out].
 
-    The errors of columns not rounded yet are 0, so slices need no exact end.
+    The errors of columns not rounded yet are 0, so slices need no exact end: what else they hold, as H, does not count.
     """
     length, rows = errors.shape
 
     def of_span(span: int, begin: Array | int) -> Array:
-        shares = jax.lax.dynamic_slice(problem.share, (start + begin, start + done), (span, size))
+        shares = jax.lax.dynamic_slice(problem.halves, (start + done, start + begin), (size, span))
         left = jax.lax.dynamic_slice(errors, (begin, 0), (span, rows))
-        return jnp.matmul(shares.T, left, precision=_precision(plan))
+        return jnp.matmul(shares, left, precision=_precision(plan))
 
     span = _divisor(length // size, max(1, _SPAN // size)) * size
     if span == length or plan.way != "jnp":  # a loop of unknown length would wait for the host at every turn
@@ -451,23 +387,50 @@ def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, pla
 
 
 def _choose(columns: Array, importance: Array, group: int, outer: Array | None, plan: _Plan) -> _Parameters:
-    """Of whole groups of columns [groups · group, out]."""
-    scheme, rows = plan.scheme, columns.shape[1]
-    tile_rows = scheme.granularity.tile(rows, group)[0]
-    search = RangeSearch(exponent=2.0) if plan.config.range == "output" else RangeSearch()
-    weights = importance if plan.config.range == "output" else None
-    if plan.config.range != "minmax" and plan.way != "jnp" and range_search.fits(scheme, group, tile_rows):
+    """Of whole groups of columns [groups · group, out]; on CPU a few groups at a time."""
+    rows, groups = columns.shape[1], len(columns) // group
+    tile_rows = plan.scheme.granularity.tile(rows, group)[0]
+    known = plan.config.range != "minmax" and plan.way != "jnp"
+    if known and range_search.fits(plan.scheme, group, tile_rows):
         found = range_search.search_parameters(
-            columns, group, scheme, importance=weights, config=search, interpret=plan.way == "interpret"
+            _alive(columns, importance),
+            group,
+            plan.scheme,
+            importance=importance if plan.config.range == "output" else None,
+            config=_search(plan),
+            interpret=plan.way == "interpret",
         )
         return _by_groups(found)
+    together = groups if plan.way != "jnp" else min(groups, -(-_TILES // -(-rows // tile_rows)))
+
+    def some(begin: Array | int, count: int) -> _Parameters:
+        values, weights = (
+            jax.lax.dynamic_slice_in_dim(each, begin * group, count * group) for each in (columns, importance)
+        )
+        return _choose_together(_alive(values, weights), weights, group, tile_rows, outer, plan)
+
+    whole = groups // together
+    _, found = jax.lax.scan(lambda _, index: (None, some(index * together, together)), None, jnp.arange(whole))
+    found = jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), found)
+    if whole * together == groups:
+        return found
+    rest = some(whole * together, groups - whole * together)
+    return jax.tree.map(lambda *each: jnp.concatenate(each), found, rest)
+
+
+def _choose_together(
+    columns: Array, importance: Array, group: int, tile_rows: int, outer: Array | None, plan: _Plan
+) -> _Parameters:
+    scheme, rows = scheme_of_search(plan.scheme), columns.shape[1]
     tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
     if plan.config.range == "minmax":
-        return _by_groups(choose_parameters(tiles, scheme_of_search(scheme), outer=outer))
-    weights = None if weights is None else weights.reshape(1, 1, -1, group)
-    return _by_groups(
-        search_parameters(tiles, scheme_of_search(scheme), outer=outer, importance=weights, config=search)
-    )
+        return _by_groups(choose_parameters(tiles, scheme, outer=outer))
+    weights = importance.reshape(1, 1, -1, group) if plan.config.range == "output" else None
+    return _by_groups(search_parameters(tiles, scheme, outer=outer, importance=weights, config=_search(plan)))
+
+
+def _search(plan: _Plan) -> RangeSearch:
+    return RangeSearch(exponent=2.0) if plan.config.range == "output" else RangeSearch()
 
 
 def _by_groups(found: Parameters) -> _Parameters:

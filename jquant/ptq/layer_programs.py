@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jquant.calib import gram
-from jquant.calib.gram import Gram
+from jquant.calib.gram import Gram, OrderedGram
 from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import Scheme
+from jquant.core.symmetric import square
 from jquant.kernels.dispatch import WITHOUT_TRITON_GEMM
 
 update = jax.jit(gram.update, donate_argnums=0)
-finalize = jax.jit(gram.finalize)
+finalize = jax.jit(gram.finalize, donate_argnums=0)
 
 
 @jax.jit
@@ -24,16 +25,20 @@ def decoded(q: QTensor) -> jax.Array:
     return dequantize(q)
 
 
-def errors(weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | None) -> tuple[jax.Array, jax.Array]:
+def errors(
+    weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | OrderedGram | None
+) -> tuple[jax.Array, jax.Array]:
     """Squared and relative, of rounding to nearest and of the solution, over a whole stack: see `LayerReport`.
 
     In small programs, one product in the last: together they took a GPU's compiler ten seconds a shape, and the memory
-    of six matrices.
+    of six matrices. Each waits for those before it, whose operands would stay as long as it does.
     """
-    size = _squares(weight.astype(jnp.float32), statistics)
+    order = _order(statistics)
+    jax.block_until_ready(value)
+    size = jax.block_until_ready(_squares(_difference(weight, None, order), statistics))
     size = jnp.where(size > 0, size, 1.0)
-    rounding = _squares(_difference(weight, _rounded(weight, scheme)), statistics)
-    return rounding / size, _squares(_difference(weight, value), statistics) / size
+    rounding = jax.block_until_ready(_squares(_difference(weight, _rounded(weight, scheme), order), statistics))
+    return rounding / size, _squares(_difference(weight, value, order), statistics) / size
 
 
 @partial(jax.jit, static_argnames="scheme")
@@ -42,19 +47,30 @@ def _rounded(weight: jax.Array, scheme: Scheme) -> QTensor:
 
 
 @jax.jit
-def _difference(weight: jax.Array, value: QTensor) -> jax.Array:
-    return dequantize(value, jnp.float32) - weight.astype(jnp.float32)
+def _difference(weight: jax.Array, value: QTensor | None, order: jax.Array | None) -> jax.Array:
+    """weight − value, or weight itself, its columns in the order of the statistics."""
+    found = weight.astype(jnp.float32)
+    found = found if value is None else dequantize(value, jnp.float32) - found
+    return found if order is None else found.at[..., order].get(mode="promise_in_bounds")
 
 
 @partial(jax.jit, compiler_options=WITHOUT_TRITON_GEMM)
-def _squares(error: jax.Array, statistics: Gram | None) -> jax.Array:
+def _squares(error: jax.Array, statistics: Gram | OrderedGram | None) -> jax.Array:
     if statistics is None:
         return jnp.sum(error * error)
-    weighted = jnp.matmul(error, statistics.matrix, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum(jnp.sum(weighted * error), 0.0)
+    if isinstance(statistics, OrderedGram):
+        found = square(error, statistics.above, statistics.diagonal[statistics.order])
+    else:
+        weighted = jnp.matmul(error, statistics.matrix, precision=jax.lax.Precision.HIGHEST)
+        found = jnp.sum(weighted * error)
+    return jnp.maximum(found, 0.0)
 
 
-def traced_report(weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram) -> list[Any]:
+def _order(statistics: Gram | OrderedGram | None) -> jax.Array | None:
+    return statistics.order if isinstance(statistics, OrderedGram) else None
+
+
+def traced_report(weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | OrderedGram) -> list[Any]:
     """What `decoded` and `errors` compile; everything but the scheme may be abstract."""
     error = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
     rounded = _rounded.trace(weight, scheme)
@@ -62,5 +78,5 @@ def traced_report(weight: jax.Array, value: QTensor, scheme: Scheme, statistics:
         decoded.trace(value),
         _squares.trace(error, statistics),
         rounded,
-        *(_difference.trace(weight, each) for each in (value, rounded.out_info)),
+        *(_difference.trace(weight, each, _order(statistics)) for each in (None, value, rounded.out_info)),
     ]

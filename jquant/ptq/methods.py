@@ -8,7 +8,7 @@ from typing import Any
 
 from jquant.calib.gram import Gram
 from jquant.core.scheme import Scheme
-from jquant.ptq import gptq, hqq, rtn
+from jquant.ptq import gptq, gptq_factor, hqq, rtn
 from jquant.ptq.solver import Solution, Solve
 
 
@@ -21,6 +21,8 @@ class Method:
     needs_gram: bool
     # Of solvers whose work on the Gram matrix serves all layers that read the input: solve is solve_with ∘ factorize.
     factorize: Callable[..., Any] | None = None
+    # The same in the memory of the Gram matrix, for the last that needs it; what is made has a `gram` that can report.
+    factorize_in_place: Callable[..., Any] | None = None
     solve_with: Callable[..., Solution] | None = None
     # The programs of both, traced for a weight and a Gram matrix that may be abstract: (w, gram, scheme, config).
     programs: Callable[[Any, Gram, Scheme, Any], list[Any]] | None = None
@@ -33,7 +35,8 @@ SOLVERS: dict[str, Method] = {
         gptq.solve,
         gptq.GPTQConfig(),
         needs_gram=True,
-        factorize=gptq.factorize,
+        factorize=gptq_factor.factorize,
+        factorize_in_place=gptq_factor.factorize_in_place,
         solve_with=gptq.solve_with,
         programs=gptq.programs,
     ),

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jquant.core.errors import InputError
+from jquant.io.freed_memory import return_freed_memory
 from jquant.kernels.dispatch import quick_compilation
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
@@ -162,7 +163,7 @@ def quantize_blocks(
     )
     layers: list[LayerReport] = []
     transforms: list[TransformReport] = []
-    ready = -1  # the block whose inputs are in the store
+    ready = -1  # the block whose inputs are in the store; < 0: none has been quantized, and programs are compiled
     for index in range(source.depth + 1):
         began = time.perf_counter()
         part = f"block-{index:04d}" if index < source.depth else "outer"
@@ -176,7 +177,8 @@ def quantize_blocks(
             if run.needs_data and ready != index:
                 _load_states(run, source, index)
             module = source.block(index) if index < source.depth else source.outer()
-            solved = _one_block(run, module, index, source) if index < source.depth else _outer(run, module)
+            tidy = return_freed_memory if ready < 0 else _nothing
+            solved = _one_block(run, module, index, source, tidy) if index < source.depth else _outer(run, module)
             reports, rewritten, ready = solved.reports, solved.transforms, index + 1
             if put_back is not None and index < source.depth:
                 put_back(index, module)
@@ -222,7 +224,10 @@ def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(on_nothing)
 
 
-def _one_block(run: _Run, block: nnx.Module, index: int, source: Source) -> Solved:
+def _nothing() -> None: ...
+
+
+def _one_block(run: _Run, block: nnx.Module, index: int, source: Source, after_step: Callable[[], None]) -> Solved:
     """Quantizes a block, leaves it packed, and puts what it gives where the next one looks."""
     prefix = f"blocks.{index}."
     rules = {path.removeprefix(prefix): rule for path, rule in run.rules.items() if path.startswith(prefix)}
@@ -231,7 +236,15 @@ def _one_block(run: _Run, block: nnx.Module, index: int, source: Source) -> Solv
     if run.mesh is not None:
         place_module(block, run.mesh, prefix=prefix)
     if rules:
-        solved = quantize_block(block, rules, data, equivalences=source.equivalences(), prefix=prefix, ahead=run.ahead)
+        solved = quantize_block(
+            block,
+            rules,
+            data,
+            equivalences=source.equivalences(),
+            prefix=prefix,
+            ahead=run.ahead,
+            after_step=after_step,
+        )
     if data is not None:
         output = block_outputs(block, solved, data, ahead=run.ahead)
         for batch in range(data.count):

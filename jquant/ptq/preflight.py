@@ -3,8 +3,8 @@
 operations   2 · weights · tokens of forward passes, 2 · in² · tokens a distinct input of Gram matrices, and the
              columns of GPTQ: about 2 · out · in² a layer, and 2/3 · in³ + in³ a factor
 memory       two blocks, the embedding and the output projection, which may stand beside them; the states of all
-             calibration tokens at the block's entrance and at its layers; and the Gram matrix and factor of the
-             widest layer
+             calibration tokens at the block's entrance and at its layers; and the Gram matrix of the widest layer, in
+             whose place its factor is made, with what making it takes
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def estimate(
         seconds=seconds / axis_size(mesh, *AXES),
         weight_bytes=(2 * largest + outer) * itemsize // axis_size(mesh, *CUTTING),
         activation_bytes=activations // axis_size(mesh, DATA),
-        statistic_bytes=4 * 4 * math.prod(widest[:-2]) * widest[-1] ** 2
+        statistic_bytes=int(4 * (1.5 if on_cpu() else 4) * math.prod(widest[:-2]) * widest[-1] ** 2)
         + 6 * 4 * math.prod(widest) // axis_size(mesh, *CUTTING),
         available_bytes=_available(1 if mesh is None else len(mesh.local_devices)),
     )

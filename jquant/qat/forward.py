@@ -20,8 +20,10 @@ from jaxtyping import Array, Float, Int
 from jquant.nn.mesh import FSDP, TENSOR
 from jquant.nn.placement import state_shardings
 from jquant.nn.protocol import CausalLM
+from jquant.qat.outer import embedded
 
 BLOCKS = "blocks"  # path of the modules whose parameters are gathered here
+IN_PARTS = (BLOCKS, "embed", "head")  # of those that a step leaves cut: outer.py computes with parts of the others
 
 
 def block_states(
@@ -34,7 +36,7 @@ def block_states(
         tokens: of the whole windows.
         remat: keep only what enters each block, and compute the rest again in the backward pass.
     """
-    x = model.embed(tokens)  # pyright: ignore[reportCallIssue]
+    x = embedded(model.embed, tokens)  # pyright: ignore[reportArgumentType]
     parts, contexts = [nnx.split(block, nnx.Param, ...) for block in model.blocks], model.contexts(tokens.shape[1])
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape.get(FSDP, 1) > 1:

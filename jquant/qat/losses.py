@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jquant.core.errors import InputError
 from jquant.nn.protocol import CausalLM
 from jquant.qat.forward import block_states
+from jquant.qat.outer import by_rows, gathered_states, in_parts
 
 Metrics = dict[str, Array]
 LossFn = Callable[..., tuple[Array, Metrics]]  # (model, batch) or, with a teacher, (model, batch, teacher)
@@ -139,7 +140,9 @@ def _token_sums(
         return padded.reshape(batch, count, stretch, *array.shape[2:]).swapaxes(0, 1)
 
     graphdef, params, rest = nnx.split(head, nnx.Param, ...)
-    other = None if teacher is None else nnx.split(teacher)
+    params = by_rows(params)
+    other = None if teacher is None else nnx.split(teacher, nnx.Param, ...)
+    teaching_states = None if other is None else (by_rows(other[1]), other[2])
     inside = cut(jnp.ones((batch, time - 1), bool))
     pieces = (cut(hidden[:, :-1]), cut(tokens[:, 1:]), inside, None if wanted is None else cut(wanted[:, :-1]))
 
@@ -147,17 +150,18 @@ def _token_sums(
     def one(params: Any, rest: Any, other_state: Any, piece: Any) -> tuple[_Sums, Any]:
         states, targets, counted, other_states = piece
         module: Any = nnx.merge(graphdef, params, rest)
-        logits = module(states)
+        logits = in_parts(module(gathered_states(states)))
         ce = jnp.sum(_cross_entropy(logits, targets), where=counted)
         kl = jnp.zeros((), jnp.float32)
         if other is not None:
-            teaching: Any = nnx.merge(other[0], other_state)
-            kl = jnp.sum(_divergence(logits / temperature, teaching(other_states) / temperature), where=counted)
+            teaching: Any = nnx.merge(other[0], *other_state)
+            theirs = in_parts(teaching(gathered_states(other_states)))
+            kl = jnp.sum(_divergence(logits / temperature, theirs / temperature), where=counted)
         return _Sums(ce, kl), nnx.state(module, nnx.Not(nnx.Param))
 
     def step(carry: tuple[_Sums, Any], piece: Any) -> tuple[tuple[_Sums, Any], None]:
         sums, rest = carry
-        more, rest = one(params, rest, None if other is None else other[1], piece)
+        more, rest = one(params, rest, teaching_states, piece)
         return (_Sums(sums.ce + more.ce, sums.kl + more.kl), rest), None
 
     zero = jnp.zeros((), jnp.float32)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from jquant.nn.mesh import TENSOR
 from jquant.nn.placement import parameter_shardings, state_shardings
-from jquant.qat.forward import BLOCKS
+from jquant.qat.forward import IN_PARTS
 from jquant.qat.losses import LossFn
 from jquant.qat.state import Structure, TrainState
 
@@ -52,8 +52,9 @@ def make_step(
         shardings: of the state; None where there is one device. A parameter that is cut over "fsdp" is gathered over it
             where it is used, in the dtype of computation, and its gradient scattered (Rajbhandari et al., ZeRO,
             1910.02054, stage 3); so are the teacher's and those that are not trained. Cuts over "tensor" stay. What
-            belongs to a decoder's blocks is gathered by `forward.block_states`, block by block; the rest, and all of
-            other modules, at the start. A loss that runs blocks by itself leaves it to XLA.
+            belongs to a decoder's blocks is gathered by `forward.block_states`, block by block; its embedding and
+            output projection stay in parts (outer.py); the rest, and all of other modules, is gathered at the start. A
+            loss that runs a decoder by itself leaves it to XLA.
         mesh: of the shardings.
 
     The arrays of `state` are donated. Leaves of `batch` are [microbatches, rows, …]. A change of the structure, as
@@ -61,12 +62,12 @@ def make_step(
     """
 
     def gathered(state: Any) -> Any:
-        """Whole over "fsdp", but for the blocks that gather their own."""
+        """Whole over "fsdp", but for what stays in parts."""
         if mesh is None:
             return state
 
         def place(keys: tuple[Any, ...], cut: Any, whole: Any) -> Any:
-            return cut if str(getattr(keys[0], "key", keys[0])) == BLOCKS else whole
+            return cut if str(getattr(keys[0], "key", keys[0])) in IN_PARTS else whole
 
         places = (state_shardings(state, mesh), state_shardings(state, mesh, (TENSOR,)))
         return jax.lax.with_sharding_constraint(state, jax.tree_util.tree_map_with_path(place, *places))
@@ -77,7 +78,7 @@ def make_step(
         trained = structure.computing(trained, dtype)
         if mesh is not None:
             cut, whole = parameter_shardings(trained, mesh), parameter_shardings(trained, mesh, (TENSOR,))
-            places = {name: (cut if name.startswith(f"{BLOCKS}.") else whole)[name] for name in trained}
+            places = {name: (cut if name.split(".")[0] in IN_PARTS else whole)[name] for name in trained}
             trained = jax.lax.with_sharding_constraint(trained, places)
             fixed = gathered(fixed)
         model = structure.merge(trained, fixed, rest)

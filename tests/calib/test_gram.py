@@ -40,8 +40,8 @@ def test_bfloat16_products_are_summed_in_float32() -> None:
     np.testing.assert_allclose(found.matrix, 2 / 300 * rows.T @ rows, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dim", [511, 512, 577, 1030])
-def test_strips_of_wide_inputs_make_up_the_whole(dim: int) -> None:
+@pytest.mark.parametrize("dim", [511, 512, 577, 1030, 2050])
+def test_parts_of_wide_inputs_make_up_the_whole(dim: int) -> None:
     x = np.random.default_rng(1).standard_normal((40, dim)).astype(np.float32)
     found = gram.finalize(jax.jit(gram.update)(gram.init(dim), jnp.asarray(x)))
     np.testing.assert_allclose(found.matrix, 2 / 40 * x.T.astype(np.float64) @ x.astype(np.float64), atol=2e-6)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jquant.core.errors import InputError
-from jquant.nn.capture import capture, input_groups, replay_output
+from jquant.nn.capture import capture, input_groups, replay_output, unread
 from jquant.nn.linear import Linear
 
 
@@ -56,6 +56,14 @@ def test_what_replay_replaces_is_not_computed() -> None:
     )
     assert text is not None
     assert text.count("tanh") == 0
+
+
+def test_layers_that_lead_to_replayed_inputs_alone_are_not_read() -> None:
+    found = capture(BLOCK, ("q", "v", "o"), CALL)
+    assert unread(BLOCK, ("q", "v", "o"), CALL, replay={"q": found["q"]}) == ()
+    assert unread(BLOCK, ("q", "v", "o"), CALL, replay={"o": found["o"]}) == ("q", "v")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (CALL, {"o": found["o"]}))
+    assert unread(BLOCK, ("o", "k"), shapes[0], replay=shapes[1]) == ("k",)
 
 
 def test_bad_paths_are_named() -> None:

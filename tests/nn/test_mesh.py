@@ -23,7 +23,7 @@ from jquant.models.decoder import Decoder
 from jquant.nn import protocol
 from jquant.nn.mesh import make_mesh, mesh_of, mesh_text, parse_mesh
 from jquant.nn.placement import copied, fetched, place_module, placed, spread_batch
-from jquant.ptq import gptq, layer_programs
+from jquant.ptq import gptq, gptq_factor, layer_programs
 from jquant.ptq.rtn import quantize_layers
 from tests.tiny_checkpoint import tiny_model, write
 
@@ -116,14 +116,14 @@ def test_statistics_are_summed_and_rows_solved_apart() -> None:
     assert not set(_moved(update))
     statistics = layer_programs.finalize(layer_programs.update(gram.init(64), x, None))
     config, spec = gptq.GPTQConfig(), scheme("int4:g32:asym")
-    factor = gptq.factorize(statistics, config=config)
+    factor = gptq_factor.factorize_in_place(statistics, config=config)
     solve = gptq._solve.lower(weight, factor, spec, config, "jnp")
     found = gptq._solve(weight, factor, spec, config, "jnp").qtensor
     programs = [
         solve,
         layer_programs._rounded.lower(weight, spec),
-        layer_programs._difference.lower(weight, found),
-        layer_programs._squares.lower(weight, statistics),
+        layer_programs._difference.lower(weight, found, factor.order),
+        layer_programs._squares.lower(weight, factor.gram),
         layer_programs.decoded.lower(found),
     ]
     for program in programs:

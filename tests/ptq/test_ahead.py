@@ -18,7 +18,7 @@ WORKING = (
     "_capture",
     "update",
     "finalize",
-    "_factorize",
+    "_factorized",
     "_solution",
     "_rounded",
     "_difference",

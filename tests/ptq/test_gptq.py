@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -13,8 +14,8 @@ from jquant.calib import gram
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
-from jquant.ptq import cholesky, gptq, rtn
-from jquant.ptq.cholesky import upper_cholesky
+from jquant.ptq import cholesky, gptq, gptq_factor, layer_programs, rtn
+from jquant.ptq.cholesky import cholesky_below
 from jquant.ptq.gptq import GPTQConfig
 from tests.jitted import dequantize, quantize
 
@@ -216,15 +217,18 @@ def test_dead_inputs_become_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 128, 300, 513, 1100])
-def test_the_cholesky_factor_in_halves_and_at_once(size: int) -> None:
+def test_the_cholesky_factor_row_by_row_and_with_one_call(size: int) -> None:
+    """Each writes below the diagonal and leaves what is above, so that it can be tried again."""
     rows = np.random.default_rng(size).standard_normal((size + 50, size))
     matrix = rows.T @ rows / len(rows) + 0.01 * np.eye(size)
-    expected = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
-    for factor in map(jax.jit, (upper_cholesky, cholesky._at_once)):  # what the platform takes; what others than CPU do
-        found = factor(jnp.asarray(np.triu(matrix), jnp.float32))
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-        assert not np.tril(found, -1).any()
-        assert not np.isfinite(np.diagonal(factor(jnp.asarray(-matrix, jnp.float32)))).all()
+    expected = np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1].T
+    above, diagonal = np.triu(matrix, 1).astype(np.float32), np.diagonal(matrix).astype(np.float32)
+    for factor in map(jax.jit, (cholesky_below, cholesky._with_one_call)):  # on CPU; elsewhere
+        failed = factor(jnp.asarray(above), jnp.asarray(-diagonal))
+        assert not np.isfinite(np.diagonal(failed)).all()
+        found = factor(failed, jnp.asarray(diagonal))
+        np.testing.assert_allclose(np.tril(found), expected, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_array_equal(np.triu(found, 1), above)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 100, 257])
@@ -245,6 +249,52 @@ def test_damping_is_raised_until_it_helps_and_reported() -> None:
     found = gptq.solve(jnp.asarray(W), hopeless, scheme("int4:g32"), config=PLAIN)
     assert bool(found.fallback)
     np.testing.assert_array_equal(dequantize(found.qtensor), dequantize(quantize(jnp.asarray(W), scheme("int4:g32"))))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_factor_in_place_is_the_factor_and_still_has_the_matrix(config: GPTQConfig) -> None:
+    expected = gptq.factorize(GRAM, config=config)
+    given = gram.Gram(jnp.array(GRAM.matrix), GRAM.rows)
+    found = gptq_factor.factorize_in_place(given, config=config)
+    assert given.matrix.is_deleted()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    above, diagonal, order = map(np.asarray, found.gram)
+    np.testing.assert_array_equal(np.triu(above, 1), np.triu(np.asarray(GRAM.matrix)[order][:, order], 1))
+    np.testing.assert_array_equal(diagonal, np.diagonal(GRAM.matrix))
+    quantized = quantize(jnp.asarray(W), scheme("int4:g32"))
+    reports = [
+        layer_programs.errors(jnp.asarray(W), quantized, quantized.scheme, known) for known in (GRAM, found.gram)
+    ]
+    np.testing.assert_allclose(*reports, rtol=1e-4)
+
+
+def test_the_matrix_outlives_a_failed_factorization() -> None:
+    """The first two dampings fail and overwrite half of it; what the third gives is as if it had been the first."""
+    matrix = jnp.outer(jnp.asarray(X[0]), jnp.asarray(X[0])) - 0.5 * jnp.eye(COLUMNS)
+    found = gptq_factor.factorize_in_place(gram.Gram(jnp.array(matrix), jnp.float32(1)), config=PLAIN)
+    assert float(found.damping) > 0.05
+    np.testing.assert_array_equal(np.triu(found.gram.above, 1), np.triu(matrix, 1))
+    at_once = gptq.factorize(
+        gram.Gram(matrix, jnp.float32(1)), config=dataclasses.replace(PLAIN, damping=float(found.damping))
+    )
+    np.testing.assert_allclose(np.tril(found.halves), np.tril(at_once.halves), rtol=1e-6, atol=1e-6)
+
+
+def test_a_wide_layer_is_solved_in_the_memory_of_its_gram_matrix() -> None:
+    """Beside matrix and weight: half a matrix for the factor, and three weights and a half for the solution."""
+    rows, columns = 1024, 2048
+    known = gram.Gram(_abstract(columns, columns), _abstract())
+    for config in (GPTQConfig(), GPTQConfig(act_order="none")):
+        factorizing, solving = gptq.programs(_abstract(rows, columns), known, scheme("int4:g64"), config)
+        found, solved = (each.lower().compile().memory_analysis() for each in (factorizing, solving))
+        assert found.alias_size_in_bytes == 4 * columns**2
+        assert found.temp_size_in_bytes < 4 * columns**2 / 2
+        assert solved.temp_size_in_bytes < 3.5 * 4 * rows * columns
+
+
+def _abstract(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, "float32")
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -14,7 +14,7 @@ def test_memory_holds_two_blocks_and_the_embedding() -> None:
     found = estimate(RULES, SHAPES, tokens=4096)
     assert found.weight_bytes == 4 * (2 * 2 * 64 * 256 + 1000 * 64)
     assert found.activation_bytes == 4 * 4096 * (2 * 64 + 64 + 256)
-    assert found.statistic_bytes > 4 * 4 * 256**2
+    assert found.statistic_bytes > 1.5 * 4 * 256**2
     half = estimate(RULES, SHAPES, tokens=4096, itemsize=2)
     assert (half.weight_bytes, half.activation_bytes) == (found.weight_bytes / 2, found.activation_bytes / 2)
     assert half.statistic_bytes == found.statistic_bytes  # float32 whatever the model is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -14,17 +16,18 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jquant.core.errors import InputError
+from jquant.models.decoder import Decoder
 from jquant.nn.mesh import make_mesh
-from jquant.nn.placement import parameter_shardings, place_module
+from jquant.nn.placement import parameter_shardings, place_module, state_shardings
 from jquant.qat.config import QATConfig
 from jquant.qat.forward import block_states
-from jquant.qat.losses import next_token_loss
+from jquant.qat.losses import distillation_loss, next_token_loss
 from jquant.qat.sharding import spread_rows, train_state_shardings
 from jquant.qat.state import TrainState, split
 from jquant.qat.step import make_step
 from jquant.qat.trainer import _Run
 from tests.qat.small import Net, batches, squared_error
-from tests.tiny_checkpoint import tiny_model
+from tests.tiny_checkpoint import CONFIG, tiny_model
 
 
 def test_places_follow_the_paths() -> None:
@@ -93,6 +96,39 @@ def test_blocks_are_gathered_one_at_a_time() -> None:
         block = sum(leaf.size * 4 for leaf in jax.tree.leaves(nnx.state(model.blocks[0])))
     # Blocks written out one after another grew it by 1.3 of a block each; here it is 0.4.
     assert (found[1] - found[0]) / 4 < 0.75 * block
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_device_gathers_a_table(mesh: str, tied: bool) -> None:
+    """Embedding and output projection, of model and teacher: a step moves parts, and gives what one device gives."""
+    config = dataclasses.replace(CONFIG, vocab_size=1024, num_layers=1, tie_embeddings=tied)
+    model, teacher = (Decoder(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    tokens = np.random.default_rng(0).integers(0, 1024, (1, 8, 16)).astype(np.int32)
+    optimizer, loss, found = optax.sgd(1.0), distillation_loss(weight=0.5, logit_rows=64), []
+    for devices in (None, make_mesh(mesh)):
+        parts = split(model)
+        graphdef, *theirs = nnx.split(teacher, nnx.Param, ...)
+        state, shardings = TrainState(parts.trained, parts.rest, optimizer.init({})), None  # pyright: ignore
+        if devices is not None:
+            places = parameter_shardings(parts.trained, devices)
+            copied = NamedSharding(devices, PartitionSpec())
+            shardings = TrainState(places, jax.tree.map(lambda _, place=copied: place, parts.rest), state.optimizer)
+            state = jax.device_put(state, shardings)
+            theirs = [jax.device_put(each, state_shardings(each, devices)) for each in theirs]
+        step = make_step(loss, optimizer, dtype="float32", shardings=shardings, mesh=devices)
+        operands = (parts.structure, graphdef, jax.tree.map(jnp.array, state), parts.fixed, theirs)
+        operands = (*operands, spread_rows(tokens, devices))
+        if devices is not None:
+            text = step.lower(*operands).compile().as_text()  # pyright: ignore[reportFunctionMemberAccess]
+            shapes = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+            assert shapes
+            assert not any("1024,64]" in shape or ",1024]" in shape for shape in shapes)  # a table; its logits
+        found.append(step(*operands))
+    (alone, report), (spread, other) = found
+    assert float(other.loss) == pytest.approx(float(report.loss), rel=1e-5)
+    for name, wanted in alone.trained.items():
+        np.testing.assert_allclose(spread.trained[name], wanted, rtol=1e-4, atol=1e-5)
 
 
 class Uneven(nnx.Module):

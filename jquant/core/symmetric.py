@@ -1,0 +1,86 @@
+"""A large symmetric matrix, worked on strip by strip: where the caller donates it, no second one is ever there.
+
+A strip is some rows or columns that stand side by side. What one step reads of the matrix it has read before it
+writes, so XLA writes into the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_STRIP, _STRIPS = 128, 16  # columns of a strip at least; strips of a matrix at most
+
+
+def mirrored(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """What stands above the diagonal also below it."""
+    size = matrix.shape[-1]
+
+    def one(matrix: Array, begin: Array | int, width: int) -> Array:
+        rows = jax.lax.dynamic_slice_in_dim(matrix, begin, width, axis=-2)
+        columns = jax.lax.dynamic_slice_in_dim(matrix, begin, width, axis=-1)
+        below = jnp.arange(size)[:, None] > begin + jnp.arange(width)
+        return jax.lax.dynamic_update_slice_in_dim(
+            matrix, jnp.where(below, rows.swapaxes(-1, -2), columns), begin, axis=-1
+        )
+
+    return _strip_by_strip(matrix, one)
+
+
+def reordered(matrix: Float[Array, "n n"], order: Int[Array, " n"]) -> Float[Array, "n n"]:
+    """matrix[order, order], of rows and of columns: first the rows, then the columns."""
+
+    def rows(matrix: Array, begin: Array | int, width: int) -> Array:
+        strip = jax.lax.dynamic_slice_in_dim(matrix, begin, width, axis=1)
+        moved = strip.at[order].get(mode="promise_in_bounds")
+        return jax.lax.dynamic_update_slice_in_dim(matrix, moved, begin, axis=1)
+
+    def columns(matrix: Array, begin: Array | int, width: int) -> Array:
+        strip = jax.lax.dynamic_slice_in_dim(matrix, begin, width, axis=0)
+        moved = strip.at[:, order].get(mode="promise_in_bounds")
+        return jax.lax.dynamic_update_slice_in_dim(matrix, moved, begin, axis=0)
+
+    return _strip_by_strip(_strip_by_strip(matrix, rows), columns)
+
+
+def square(rows: Float[Array, "out n"], above: Float[Array, "n n"], diagonal: Float[Array, " n"]) -> Float[Array, ""]:
+    """tr(E·H·Eᵀ) = Σ_i H_ii·|e_i|² + 2·Σ_{i<j} H_ij·e_iᵀ·e_j over the columns e of E: half the multiplications.
+
+    Args:
+        rows: E.
+        above: H where it stands above the diagonal; what is on it and below is not read.
+        diagonal: of H.
+    """
+    size = len(diagonal)
+    width = _width(size)
+    count = -(-size // width)
+    tiles = [(row, column) for row in range(count) for column in range(row, count)]
+
+    def one_tile(total: Array, tile: Array) -> tuple[Array, None]:
+        begins = jnp.minimum(
+            tile * width, size - width
+        )  # the last one may begin earlier: what is another's is left out
+        left, right = (jax.lax.dynamic_slice_in_dim(rows, begin, width, axis=1) for begin in begins)
+        row, column = (begins[:, None] + jnp.arange(width))[:, :, None]
+        own = (row < column.T) & (row >= tile[0] * width) & (tile[1] * width <= column.T)
+        values = jnp.where(own, jax.lax.dynamic_slice(above, begins, (width, width)), 0)
+        return total + jnp.sum(jnp.matmul(left, values, precision=jax.lax.Precision.HIGHEST) * right), None
+
+    beside, _ = jax.lax.scan(one_tile, jnp.float32(0), jnp.asarray(tiles))
+    return jnp.sum(jnp.sum(rows * rows, axis=0) * diagonal) + 2 * beside
+
+
+def _strip_by_strip(matrix: Array, one: Callable[[Array, Array | int, int], Array]) -> Array:
+    """Applies `one`, of (matrix, where a strip begins, its width), from the first strip to the last."""
+    size = matrix.shape[-1]
+    width = _width(size)
+    count = size // width
+    matrix = jax.lax.fori_loop(0, count, lambda index, matrix: one(matrix, index * width, width), matrix)
+    return matrix if count * width == size else one(matrix, count * width, size - count * width)
+
+
+def _width(size: int) -> int:
+    return min(size, max(_STRIP, -(-size // _STRIPS)))

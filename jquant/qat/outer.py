@@ -1,0 +1,80 @@
+"""Embedding and output projection of a model whose parameters are cut over "fsdp": looked up and multiplied in parts.
+
+A device holds a part of every row of the table. It looks that part up for the tokens of all devices and is sent the
+rest of its own tokens' rows. Of the output projection it holds some rows, those of its part of the vocabulary: it is
+sent the states of all devices' tokens and makes their logits for that part, over which the loss is then summed. Tokens
+and states travel, and no device ever holds a table.
+
+Reference: Shoeybi et al., Megatron-LM, 1909.08053, section 3 (the vocabulary in parts, and the loss over them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jquant.nn.mesh import DATA, FSDP, axis_size
+from jquant.nn.placement import CUTTING
+
+
+def embedded(
+    embed: Callable[[Int[Array, "batch time"]], Float[Array, "batch time hidden"]], tokens: Int[Array, "batch time"]
+) -> Float[Array, "batch time hidden"]:
+    """embed(tokens), inside a trace."""
+    mesh = _cutting_mesh()
+    if mesh is None:
+        return embed(tokens)
+    x = embed(_lie(tokens, mesh, _there(mesh, (DATA,))))
+    cut = _there(mesh, CUTTING)
+    if x.shape[-1] % axis_size(mesh, *cut) == 0:
+        x = _lie(x, mesh, _there(mesh, (DATA,)), None, cut)
+    return _lie(x, mesh, _there(mesh, (DATA, FSDP)))
+
+
+def by_rows(params: Any) -> Any:
+    """Parameters of a head, matrices cut along their rows; those whose rows do not divide are gathered."""
+    mesh = _cutting_mesh()
+    if mesh is None:
+        return params
+
+    def place(leaf: Array) -> Array:
+        return _lie(leaf, mesh, _rows(leaf.shape[0], mesh)) if leaf.ndim == 2 else leaf
+
+    return jax.tree.map(place, params)
+
+
+def gathered_states(states: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+    """What enters a head that `by_rows` has cut: of the tokens of all devices that "fsdp" spreads."""
+    mesh = _cutting_mesh()
+    return states if mesh is None else _lie(states, mesh, _there(mesh, (DATA,)))
+
+
+def in_parts(logits: Float[Array, "batch time vocab"]) -> Float[Array, "batch time vocab"]:
+    """What comes of it: each device keeps its part of the vocabulary."""
+    mesh = _cutting_mesh()
+    return logits if mesh is None else _lie(logits, mesh, _there(mesh, (DATA,)), None, _rows(logits.shape[-1], mesh))
+
+
+def _cutting_mesh() -> AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if not mesh.empty and mesh.shape.get(FSDP, 1) > 1 else None
+
+
+def _there(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis_size(mesh, axis) > 1)
+
+
+def _rows(size: int, mesh: AbstractMesh) -> tuple[str, ...]:
+    """Over which axes so many rows are cut: over none where they do not divide."""
+    cut = _there(mesh, CUTTING)
+    return cut if size % math.prod(axis_size(mesh, axis) for axis in cut) == 0 else ()
+
+
+def _lie(array: Array, mesh: AbstractMesh, *axes: tuple[str, ...] | None) -> Array:
+    spec = PartitionSpec(*(each or None for each in axes))
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
