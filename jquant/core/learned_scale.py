@@ -23,17 +23,10 @@ from jaxtyping import Array, Float, Float32
 
 from jquant.core.errors import InputError
 from jquant.core.formats import Int
-from jquant.core.qtensor import (
-    Parameters,
-    _check_input,
-    from_tiles,
-    given_parameters,
-    spread,
-    tile_mean_magnitude,
-    to_tiles,
-)
+from jquant.core.qtensor import Parameters, _check_input, given_parameters, tile_mean_magnitude
 from jquant.core.scheme import Scheme
 from jquant.core.ste import round_tiles
+from jquant.core.tiles import from_tiles, spread, to_tiles
 
 
 def fake_quantize_learned(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from jquant.core.formats import Element, GGMLBlock, Int
 from jquant.core.ggml_rows import block_scales, decode_rows, encode_rows
 from jquant.core.scales import IN_BLOCKS, NestedScale, StoredScale, encoding_scale
 from jquant.core.scheme import Group, Scheme
+from jquant.core.tiles import from_tiles, over_tile, spread, to_tiles
 
 
 @partial(
@@ -300,9 +300,9 @@ def choose_parameters(
 def tile_range(tiles: Float32[Array, "*batch r tr c tc"], scheme: Scheme) -> TileRange:
     """What of each tile its scale depends on."""
     if scheme.zero_point == "integer":
-        highest, lowest = _over_tile(jnp.max, tiles), _over_tile(jnp.min, tiles)
+        highest, lowest = over_tile(jnp.max, tiles), over_tile(jnp.min, tiles)
         return TileRange(jnp.maximum(highest, 0.0), jnp.minimum(lowest, 0.0))
-    return TileRange(_over_tile(_largest_magnitude, tiles), None)
+    return TileRange(over_tile(_largest_magnitude, tiles), None)
 
 
 def parameters_of_range(span: TileRange, scheme: Scheme, *, outer: Array | None = None) -> Parameters:
@@ -333,11 +333,6 @@ def tile_mean_magnitude(x: Float32[Array, "*batch out in"], scheme: Scheme) -> F
     return total / jnp.sum(to_tiles(jnp.ones(x.shape[-2:], jnp.float32), scheme), axis=(-3, -1))
 
 
-def _over_tile(reduce: Callable[..., Array], tiles: Array) -> Array:
-    """[..., row tiles, tile rows, column tiles, tile columns] to [..., row tiles, column tiles]."""
-    return reduce(tiles, axis=(-3, -1)) if tiles.shape[-3] > 1 else reduce(tiles, axis=(-1,))[..., 0, :]
-
-
 def _largest_magnitude(x: Array, axis: tuple[int, ...]) -> Array:
     """max |x|. XLA's own reductions only: others cannot be put together across devices."""
     return jax.lax.platform_dependent(
@@ -346,29 +341,6 @@ def _largest_magnitude(x: Array, axis: tuple[int, ...]) -> Array:
         cpu=lambda x: jnp.maximum(jnp.max(x, axis=axis), -jnp.min(x, axis=axis)),
         default=lambda x: jnp.max(jnp.abs(x), axis=axis),
     )
-
-
-def to_tiles(x: Array, scheme: Scheme) -> Array:
-    """[..., out, in] to [..., row tiles, tile rows, column tiles, tile columns]; ragged edges padded with zeros."""
-    rows, columns = x.shape[-2:]
-    tile_rows, tile_columns = scheme.tile(rows, columns)
-    short_rows, short_columns = -rows % tile_rows, -columns % tile_columns
-    if short_rows or short_columns:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, short_rows), (0, short_columns)])
-    rows, columns = x.shape[-2:]
-    return x.reshape(*x.shape[:-2], rows // tile_rows, tile_rows, columns // tile_columns, tile_columns)
-
-
-def from_tiles(tiles: Array, matrix_shape: tuple[int, int]) -> Array:
-    """The inverse of `to_tiles`: the padding is cut off."""
-    *batch, row_tiles, tile_rows, column_tiles, tile_columns = tiles.shape
-    x = tiles.reshape(*batch, row_tiles * tile_rows, column_tiles * tile_columns)
-    return x if x.shape[-2:] == matrix_shape else x[..., : matrix_shape[0], : matrix_shape[1]]
-
-
-def spread(per_tile: Array) -> Array:
-    """[..., row tiles, column tiles] to a shape that broadcasts against tiles."""
-    return per_tile[..., :, None, :, None]
 
 
 def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:

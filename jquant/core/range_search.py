@@ -57,7 +57,7 @@ def search_parameters(
     """`choose_parameters` with the range of each tile shrunk to where the tile loses least.
 
     Args:
-        tiles: float32, see `core.qtensor.to_tiles`.
+        tiles: float32, see `core.tiles.to_tiles`.
         scheme: integers, floats or codebooks with any granularity and scale format. Doubly quantized scales are
             searched for as they are before their own quantization.
         importance: weights ≥ 0 of the errors, one a column of each tile; by default all alike.

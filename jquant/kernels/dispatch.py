@@ -28,6 +28,7 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Element, Int
 from jquant.core.qtensor import QTensor, dequantize
 from jquant.core.scheme import Channel, Scheme, Tensor
+from jquant.core.tiles import Axis
 from jquant.kernels import fake_quant as fused
 from jquant.kernels import packed_wgmma, quantize_rows, w8a8_wgmma
 from jquant.kernels.options import for_tpu
@@ -185,7 +186,7 @@ def fake_quantize(
     scheme: Scheme,
     *,
     gradient: ste.GradientRule | None = None,
-    axis: fused.Axis = -1,
+    axis: Axis = -1,
     dtype: DTypeLike | None = None,
     keep: fused.Keep = "input",
 ) -> Float[Array, "..."]:
@@ -208,9 +209,8 @@ def fake_quantize(
         )
     dtype = x.dtype if dtype is None else dtype
     wide = x if dtype == x.dtype else x.astype(jnp.float32)  # or it would be rounded to the dtype of x first
-    turned = wide if axis == -1 else wide.swapaxes(-1, -2)
-    value = ste.fake_quantize(turned, scheme, gradient=gradient, keep="mask" if keep == "input" else "input")
-    return (value if axis == -1 else value.swapaxes(-1, -2)).astype(dtype)
+    kept = "mask" if keep == "input" else "input"
+    return ste.fake_quantize(wide, scheme, gradient=gradient, keep=kept, axis=axis).astype(dtype)
 
 
 @contextlib.contextmanager

@@ -22,10 +22,10 @@ from jquant.core.formats import Float as FloatElement
 from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
+from jquant.core.tiles import Axis
 from jquant.kernels.options import lanes, triton_options
 from jquant.kernels.rounding import whole_ratio
 
-Axis = Literal[-1, -2]
 Keep = Literal["input", "scale"]
 _ELEMENTS, _WARPS = 4096, 8  # of a program; on an H100 as fast as a copy
 _HIGHEST = 256  # of a group in columns that is on chip at once; a taller one is read twice, from the L2 cache then

@@ -19,12 +19,12 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.learned_scale import fake_quantize_learned, largest_level, lsq_initial_scale
 from jquant.core.pact import pact, pact_parameters
-from jquant.core.qtensor import QTensor, choose_parameters, quantize, to_tiles
+from jquant.core.qtensor import QTensor, choose_parameters, quantize
 from jquant.core.range_search import search_parameters
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.ste import clipped_ste, fake_quantize, ste
+from jquant.core.tiles import Axis, to_tiles
 from jquant.kernels import dispatch
-from jquant.kernels.fake_quant import Axis
 from jquant.nn.rounded_input import check_input_scheme, matrix_of_inputs
 from jquant.nn.w8a8 import static_parameters
 
@@ -116,7 +116,9 @@ class WeightQuantizer(FakeQuantModule):
         else:
             key = None if self.rngs is None else self.rngs()
             value = fake_quantize(turned, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
-        return (value if axis == -1 else value.swapaxes(-1, -2)).astype(dtype)
+        if axis == -2:  # the barrier: as in nn/rounded_input.py, whose bits these are
+            value = jax.lax.optimization_barrier(value.swapaxes(-1, -2))
+        return value.astype(dtype)
 
     def quantize(self, matrix: Float[Array, "*stack out in"]) -> QTensor:
         """The packed weight whose values are Ŵ, to nearest."""

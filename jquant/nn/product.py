@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,52 @@ def ragged_product(
     """x_r · W_eᵀ for rows sorted by expert, of one dtype; accumulated and differentiated as `einsum`."""
     counts = counts.astype(jnp.int32)
     return _ragged(x, weights, counts) if x.dtype == jnp.float32 else _narrow_ragged(x, weights, counts)
+
+
+def dot_general(
+    x: Float[Array, "*batch in"],
+    weight: Float[Array, "in out"],
+    dimension_numbers: jax.lax.DotDimensionNumbers,
+    precision: jax.lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+) -> Float[Array, "*batch out"]:
+    """`jax.lax.dot_general` as `nnx.Linear` calls it, with a gradient of the weight that a CPU computes faster.
+
+    That is xᵀ·g, in place of JAX's (gᵀ·x)ᵀ. There XLA fuses the turning of g with what made it, which then reads each
+    of its operands column by column: at 1024 × 2048 behind a gated SiLU 35 ms, longer than the product itself.
+    """
+    if out_sharding is None and x.dtype == weight.dtype == jnp.float32:
+        return _inputs_first(precision, preferred_element_type, x, weight)
+    return jax.lax.dot_general(
+        x,
+        weight,
+        dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _inputs_first(precision: Any, dtype: Any, x: Array, weight: Array) -> Array:
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, weight, numbers, precision=precision, preferred_element_type=dtype)
+
+
+def _inputs_first_forward(precision: Any, dtype: Any, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _inputs_first(precision, dtype, x, weight), (x, weight)
+
+
+def _inputs_first_backward(precision: Any, dtype: Any, kept: tuple[Array, Array], cotangent: Array) -> Any:
+    x, weight = kept
+    product = {"precision": precision, "preferred_element_type": jnp.float32}
+    of_x = jnp.einsum("...o,io->...i", cotangent, weight, **product)
+    rows, g = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    return of_x, jnp.einsum("ri,ro->io", rows, g, **product)
+
+
+_inputs_first.defvjp(_inputs_first_forward, _inputs_first_backward)
 
 
 def _einsum(equation: str, a: Array, b: Array) -> Array:

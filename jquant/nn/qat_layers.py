@@ -25,7 +25,7 @@ from jquant.kernels import dispatch
 from jquant.nn.fake_quant import FakeQuantModule, InputQuantizer, WeightQuantizer
 from jquant.nn.kernel_matrix import from_matrix, inputs_first, to_matrix, weight_name
 from jquant.nn.linear import ExpertLinear, Linear, grouped_matmul_transposed, matmul_transposed
-from jquant.nn.product import PRECISION
+from jquant.nn.product import PRECISION, dot_general
 from jquant.nn.rounded_input import with_weight
 from jquant.nn.w8a8 import grouped_multiply, multipliable, multiply, quantize_input
 
@@ -101,12 +101,16 @@ class QATLayer(FakeQuantModule):
         kernel = getattr(self.layer, weight_name(self.layer)).get_value()
         # What the layer would cast its weight to; one that is stored in fewer bits is rounded to these, as converted.
         dtype = getattr(self.layer, "dtype", None) if kernel.dtype == jnp.float32 else None
-        # Only a kernel gains by it; in XLA's own code products would then sum in another order than a packed layer's.
-        matrix = None if dispatch.way() == "jnp" else inputs_first(self.layer, kernel)
+        matrix = inputs_first(self.layer, kernel)
         if matrix is not None:
-            return with_weight(self.layer, self.weight_quantizer(matrix, axis=-2, dtype=dtype).reshape(kernel.shape))
-        matrix = self.weight_quantizer(to_matrix(self.layer, kernel), dtype=dtype)
-        return with_weight(self.layer, from_matrix(self.layer, matrix, kernel.shape))
+            weight = self.weight_quantizer(matrix, axis=-2, dtype=dtype).reshape(kernel.shape)
+        else:
+            weight = self.weight_quantizer(to_matrix(self.layer, kernel), dtype=dtype)
+            weight = from_matrix(self.layer, weight, kernel.shape)
+        layer = with_weight(self.layer, weight)
+        if isinstance(layer, nnx.Linear) and layer.dot_general is jax.lax.dot_general and dispatch.on_cpu():
+            layer.dot_general = dot_general
+        return layer
 
 
 class QATTable(FakeQuantModule):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
@@ -96,7 +97,9 @@ class PackedLayer(nnx.Module):
 
     def _unpacked(self) -> Any:
         matrix = dequantize(self.weight.get_value(), self.kernel_dtype)
-        return with_weight(self.layer, from_matrix(self.layer, matrix, self.kernel_shape))
+        # The barrier: products of few rows would sum in another order if the kernel were read turned, as it lies here.
+        kernel = jax.lax.optimization_barrier(from_matrix(self.layer, matrix, self.kernel_shape))
+        return with_weight(self.layer, kernel)
 
 
 def with_weight(layer: nnx.Module, weight: Array) -> Any:

@@ -30,9 +30,9 @@ from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
-from jquant.core.qtensor import from_tiles, spread, to_tiles
 from jquant.core.scheme import Scheme
 from jquant.core.ste import fake_quantize
+from jquant.core.tiles import from_tiles, spread, to_tiles
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.product import PRECISION
 from jquant.nn.protocol import Equivalence

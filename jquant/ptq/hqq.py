@@ -28,8 +28,9 @@ from jquant.calib.gram import Gram
 from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int
-from jquant.core.qtensor import Parameters, choose_parameters, dequantize, quantize_with, spread, to_tiles
+from jquant.core.qtensor import Parameters, choose_parameters, dequantize, quantize_with
 from jquant.core.scheme import Scheme
+from jquant.core.tiles import spread, to_tiles
 from jquant.ptq.solver import Solution, output_loss
 
 

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
-from jquant.core.qtensor import QTensor, dequantize, quantize, quantize_with, to_tiles
+from jquant.core.qtensor import QTensor, dequantize, quantize, quantize_with
 from jquant.core.range_search import search_parameters
 from jquant.core.scheme import Scheme
+from jquant.core.tiles import to_tiles
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
 from jquant.nn.surgery import named_modules, replace, select
 from jquant.ptq.solver import Solution, check_finite, output_loss

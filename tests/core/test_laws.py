@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jquant.core import packing
+from jquant.core.division import whole_ratio
 from jquant.core.formats import ELEMENTS, Codebook, Int
 from jquant.core.metrics import error_metrics, error_sums, summarize
-from jquant.core.qtensor import dequantize, from_tiles, quantize, spread, stored_bytes, to_tiles
+from jquant.core.qtensor import dequantize, quantize, stored_bytes
 from jquant.core.scales import DoubleQuantizedScale, NestedScale
 from jquant.core.scheme import Tensor, scheme
-from jquant.core.ste import Keep, clipped_ste, fake_quantize, ste
+from jquant.core.ste import Keep, bounds, clipped_ste, fake_quantize, ste
+from jquant.core.tiles import from_tiles, spread, to_tiles
 from tests.cases import BLOCK_SCHEMES, SCHEMES
 
 ROWS, COLUMNS = 24, 160
@@ -241,6 +244,37 @@ def test_gradient_is_one_where_codes_were_not_clipped(spec: str, keep: Keep) -> 
     assert np.array_equal(jax.jit(jax.grad(loss), static_argnums=1)(x, ste), weight)
     if spec == "int4:g32":
         assert 0 < expected.mean() < 1  # +amax of each group is clipped by the full-range convention
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("zero", [None, 0, 1, 2])
+@pytest.mark.parametrize("convention", ["full", "restricted"])
+def test_bounds_are_where_codes_begin_to_be_clipped(bits: int, zero: int | None, convention: str) -> None:
+    """Against the division of each element, at the floats around both ends of a range."""
+    element = Int(bits, convention)  # type: ignore[arg-type]
+    rng = np.random.default_rng(bits)
+    scale = jnp.asarray(np.exp(rng.uniform(-80, 80, 500)).astype(np.float32))
+    z = None if zero is None else jnp.full_like(scale, zero * (2**bits - 1) / 2).round()
+    low, high = bounds(element, scale, z)
+    assert np.all((np.asarray(low) < 0) & (np.asarray(high) > 0))
+    for end in (low, high):
+        near = jax.lax.bitcast_convert_type(end, jnp.int32) + jnp.arange(-40, 41)[:, None]
+        x = jax.lax.bitcast_convert_type(near, jnp.float32)
+        assert np.array_equal((x >= low) & (x <= high), element.holds(whole_ratio(x, scale), z))
+
+
+@pytest.mark.parametrize(
+    "spec", ["int8:g32", "int4:g32:asym", "int4:tensor", "int4:b8x8", "nf4:g32:dq", "nvfp4", "q4_0"]
+)
+def test_inputs_may_lie_along_the_first_axis(spec: str) -> None:
+    """Values and gradients of axis −2 are those of the matrix turned, ragged tiles included."""
+    parsed = scheme(spec)
+    x, ct = _weights(ROWS, COLUMNS), _weights(ROWS, COLUMNS, seed=1)
+    for keep in get_args(Keep):
+        expected, pull = jax.vjp(partial(fake_quantize, scheme=parsed, keep=keep), x)
+        found, pull_turned = jax.vjp(partial(fake_quantize, scheme=parsed, keep=keep, axis=-2), x.T)
+        assert np.array_equal(found.T, expected)
+        assert np.array_equal(pull_turned(ct.T)[0].T, pull(ct)[0])
 
 
 def test_gradient_of_floats_and_codebooks_stops_beyond_the_last_level() -> None:

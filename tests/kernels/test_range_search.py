@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jquant.calib import gram
-from jquant.core.qtensor import dequantize, quantize_with, to_tiles
+from jquant.core.qtensor import dequantize, quantize_with
 from jquant.core.range_search import RangeSearch, search_parameters
 from jquant.core.scheme import scheme
+from jquant.core.tiles import to_tiles
 from jquant.kernels import range_search
 from jquant.kernels.range_search import fits
 from jquant.ptq import gptq

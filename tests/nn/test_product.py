@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jquant.nn.product import einsum, ragged_product
+from jquant.nn.product import dot_general, einsum, ragged_product
 
 RNG = np.random.default_rng(0)
 COUNTS = jnp.asarray([3, 0, 5])
@@ -76,3 +76,19 @@ def _equations(jaxpr: jax.extend.core.Jaxpr) -> list[jax.extend.core.JaxprEqn]:
             if inner is not None:
                 found += _equations(inner)
     return found
+
+
+def test_a_flax_layer_s_product_with_its_weight_gradient_the_other_way_round() -> None:
+    """Values are `jax.lax.dot_general`'s bit for bit, gradients but for the order of sums; other products are its."""
+    x, w = (
+        jnp.asarray(RNG.standard_normal((2, 9, 24)), jnp.float32),
+        jnp.asarray(RNG.standard_normal((24, 16)), jnp.float32),
+    )
+    numbers = (((2,), (0,)), ((), ()))
+    found, pull = jax.vjp(lambda x, w: dot_general(x, w, numbers), x, w)
+    expected, exact = jax.vjp(lambda x, w: jax.lax.dot_general(x, w, numbers), x, w)
+    np.testing.assert_array_equal(found, expected)
+    for mine, its in zip(pull(found), exact(found), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-4)
+    narrow = dot_general(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), numbers, preferred_element_type=jnp.float32)
+    assert narrow.dtype == jnp.float32

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.core.qtensor import to_tiles
 from jquant.core.range_search import RangeSearch, search_parameters
 from jquant.core.scheme import scheme
+from jquant.core.tiles import to_tiles
 from jquant.ptq import rtn
 from jquant.ptq.rtn import RTNConfig
 from tests.cases import BLOCK_SCHEMES
