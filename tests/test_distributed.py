@@ -166,7 +166,11 @@ def test_other_methods_over_two_processes(method: str, scheme: str, tiny: Path, 
         assert ours["error"] == pytest.approx(theirs["error"], rel=0.15 if method == "awq" else 0.05)
     for name in one.names if method == "hqq" else ():
         for each, other in zip(jax.tree.leaves(two.read(name)), jax.tree.leaves(one.read(name)), strict=True):
-            np.testing.assert_array_equal(np.asarray(each), np.asarray(other))
+            one_part, two_part = np.asarray(other), np.asarray(each)
+            if one_part.dtype == np.uint8:
+                assert np.mean(one_part != two_part) < 0.005
+            else:
+                np.testing.assert_allclose(two_part, one_part, rtol=1e-5)
 
 
 @pytest.mark.slow
