@@ -46,7 +46,7 @@ class Tiling:
     splits: int  # programs that share the inputs of a row
     stages: int  # steps whose operands are on chip
     scale_first: bool  # weights are scaled and rounded, then multiplied; else sums of a group are scaled
-    warpgroups: int = 2
+    warpgroups: int = 2  # of four warps; four of them hung on an H100
     parts: int = 1  # of a step, decoded one after the other; only where weights are scaled
     cluster: int = 1  # programs that share rows of x, each with rows of the weight of its own
     share_rows: bool = False  # groups of warps take parts of a step of the same 64 rows, else 64 rows each
