@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -132,15 +132,7 @@ def _as_codes(activation: Scheme, x: Array, weight: QTensor, bias: Array | None)
 
     @product.def_vmap
     def batch(size: int, batched: Any, x: Array, *others: Any) -> tuple[Array, bool]:
-        if any(jax.tree.leaves(batched[1:])):
-            x = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
-            stacked = jax.tree.map(
-                lambda leaf, is_: leaf if is_ else jnp.broadcast_to(leaf, (size, *leaf.shape)),
-                others,
-                tuple(batched[1:]),
-            )
-            return jax.lax.map(lambda each: product(*each), (x, *stacked)), True
-        return product(x.reshape(-1, x.shape[-1]), *others).reshape(size, x.shape[1], -1), True
+        return _all_rows_at_once(product, size, batched, (x, *others))
 
     return product(x, weight, bias)
 
@@ -173,12 +165,20 @@ def _batched(x: Array, q: QTensor) -> Array:
 
 @_batched.def_vmap
 def _batch(size: int, batched: Any, x: Array, q: QTensor) -> tuple[Array, bool]:
-    of_x, of_q = batched
-    if any(jax.tree.leaves(of_q)):  # a weight each, as experts have: one after the other
-        x = x if of_x else jnp.broadcast_to(x, (size, *x.shape))
-        stacked = jax.tree.map(lambda leaf, is_: leaf if is_ else jnp.broadcast_to(leaf, (size, *leaf.shape)), q, of_q)
-        return jax.lax.map(lambda each: _batched(*each), (x, stacked)), True
-    return _batched(x.reshape(-1, x.shape[-1]), q).reshape(size, x.shape[1], -1), True
+    return _all_rows_at_once(_batched, size, batched, (x, q))
+
+
+def _all_rows_at_once(
+    product: Callable[..., Array], size: int, batched: Sequence[Any], operands: tuple[Any, ...]
+) -> tuple[Array, bool]:
+    """A rule for vmap: rows of all go into one product; of weights of their own, as experts have, one after another."""
+    if any(jax.tree.leaves(batched[1:])):
+        each = jax.tree.map(
+            lambda leaf, is_: leaf if is_ else jnp.broadcast_to(leaf, (size, *leaf.shape)), operands, tuple(batched)
+        )
+        return jax.lax.map(lambda one: product(*one), each), True
+    x, *others = operands
+    return product(x.reshape(-1, x.shape[-1]), *others).reshape(size, x.shape[1], -1), True
 
 
 def fake_quantize(

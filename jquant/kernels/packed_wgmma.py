@@ -15,7 +15,6 @@ Reference: Frantar et al., MARLIN, 2408.11743; NVIDIA's PTX ISA, wgmma.m64nNk16,
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +29,7 @@ from jquant.core.qtensor import QTensor
 from jquant.core.scales import NestedScale
 from jquant.kernels import wgmma_registers as registers
 from jquant.kernels.levels import known
-from jquant.kernels.wgmma_registers import BLOCK, LANES, ROWS, Codes, mosaic
+from jquant.kernels.wgmma_registers import BLOCK, LANES, ROWS, Codes, load, mosaic
 
 _FEW, _MANY = 16, 128  # rows of x
 _MEMORY, _ALIGNED = 232_448, 1024  # bytes of shared memory; arrays begin at multiples
@@ -232,7 +231,7 @@ def _call(job: _Job) -> Any:
             return ref.at[:, pl.ds(warpgroup * size + begin if tiling.share_rows else begin, count)]
 
         def own_codes(ref: Any) -> Any:
-            return _load(own(ref, width // sharing, 0, width // sharing).at[mine], layout=plgpu.Layout.WGMMA_8BIT)
+            return load(own(ref, width // sharing, 0, width // sharing).at[mine], layout=plgpu.Layout.WGMMA_8BIT)
 
         def sums_scaled(_: Any, *given: Any) -> Any:
             packed_ref, x, scale, *rest, total = given
@@ -249,7 +248,7 @@ def _call(job: _Job) -> Any:
                     group = first_group + index
                     if codes.has_zero:
                         zero = lax.broadcast_in_dim(registers.column(codes, rest[0], mine, group), value.shape, [0])
-                        of_x = _load(rest[1].at[group], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                        of_x = load(rest[1].at[group], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
                         value = value - zero * lax.broadcast_in_dim(of_x, value.shape, [1])
                     factor = registers.column(codes, scale, mine, group)
                     found = found + value * lax.broadcast_in_dim(factor, value.shape, [0])
@@ -347,10 +346,3 @@ def _call(job: _Job) -> Any:
         thread_name="warpgroup",
         scratch_types=scratch,
     )
-
-
-def _load(ref: Any, **options: Any) -> Any:
-    load: Any = mosaic().load
-    # JAX 0.10 wants an index, 0.11 wants none.
-    wants = inspect.signature(load).parameters["idx"].default is inspect.Parameter.empty
-    return load(ref, (), **options) if wants else load(ref, **options)

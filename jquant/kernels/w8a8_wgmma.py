@@ -13,7 +13,6 @@ Reference: SmoothQuant (Xiao et al., 2211.10438), 2; NVIDIA's PTX ISA, wgmma and
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float32
 
-from jquant.kernels.wgmma_registers import ROWS, mosaic
+from jquant.kernels.wgmma_registers import ROWS, load, mosaic
 
 _WARPGROUPS = 2  # of 64 rows of the weight each
 _COLUMNS = 256  # rows of x, a program
@@ -97,7 +96,7 @@ def _call(batch: int, out: int, inputs: int, dtype: Any, tiling: Tiling) -> Any:
 
         def multiply(_: Any, codes: Any, x: Any, total: Any) -> Any:
             if is_int:
-                packed = _load(codes.at[mine], layout=plgpu.Layout.WGMMA_8BIT)
+                packed = load(codes.at[mine], layout=plgpu.Layout.WGMMA_8BIT)
                 for begin in range(0, _STEP, part):
                     plgpu.wgmma(total, _signed(packed, begin, part), x.at[:, begin : begin + part].T)
                     plgpu.wgmma_wait(1)
@@ -108,13 +107,13 @@ def _call(batch: int, out: int, inputs: int, dtype: Any, tiling: Tiling) -> Any:
 
         def store(total: Any) -> None:
             by_row = [
-                _load(ref.at[pl.ds(begin_row, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                load(ref.at[pl.ds(begin_row, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                 for ref in per_row
             ]
             for index, begin in enumerate(range(0, _COLUMNS, _STORED)):
                 here = staged.at[warpgroup, index % 2]
                 begin_column = column * _COLUMNS + begin
-                by_column = _load(
+                by_column = load(
                     x_scale_ref.at[pl.ds(begin_column, _STORED)],
                     layout=plgpu.Layout.WGMMA.reduce(0),
                     optimized=False,
@@ -170,13 +169,6 @@ def _call(batch: int, out: int, inputs: int, dtype: Any, tiling: Tiling) -> Any:
 def _tiled(swizzle: int, bits: int) -> tuple[Any, ...]:
     plgpu = mosaic()
     return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
-
-
-def _load(ref: Any, **options: Any) -> Any:
-    load: Any = mosaic().load
-    # JAX 0.10 wants an index, 0.11 wants none.
-    wants = inspect.signature(load).parameters["idx"].default is inspect.Parameter.empty
-    return load(ref, (), **options) if wants else load(ref, **options)
 
 
 def _signed(packed: Any, begin: int, count: int) -> Any:

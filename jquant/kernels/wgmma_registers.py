@@ -13,6 +13,7 @@ Reference: NVIDIA's PTX ISA, wgmma.m64nNk16, for where operands lie; OCP MX 1.0 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +59,13 @@ def mosaic() -> Any:
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu
+
+
+def load(ref: Any, **options: Any) -> Any:
+    """Pallas's `load` of all that a reference names: JAX 0.10 wants an index for that, 0.11 wants none."""
+    function: Any = mosaic().load
+    wants = inspect.signature(function).parameters["idx"].default is inspect.Parameter.empty
+    return function(ref, (), **options) if wants else function(ref, **options)
 
 
 def looked_up(element: Element) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +59,11 @@ def test_what_does_not_fit() -> None:
     assert dispatch.multiply_as_codes(jnp.ones((512, 512), jnp.bfloat16), weight, scheme("int8:token")) is None
 
 
-def test_gradient_is_that_of_rounding() -> None:
-    """Zero, and no error."""
+def test_gradient_is_no_error() -> None:
+    """By kernels it is zero; elsewhere what comes by way of the scales."""
     weight = quantize(jax.random.normal(jax.random.key(0), (256, 512)), scheme("int8:channel"))
     layer = W8A8Linear(weight, activation=scheme("int8:token"))
-    gradient = jax.grad(lambda x: jnp.sum(partial(layer)(x).astype(jnp.float32)))(jnp.ones((300, 512), jnp.bfloat16))
-    assert gradient.shape == (300, 512)
+    x = jax.random.normal(jax.random.key(1), (300, 512)).astype(jnp.bfloat16)
+    gradient = jax.grad(lambda x: jnp.sum(layer(x).astype(jnp.float32)))(x)
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+    assert bool(jnp.all(gradient == 0)) == dispatch.on_hopper()
