@@ -61,6 +61,9 @@ def whole_by_remainder(numerator: Array, divisor: Array, inverse: Array) -> Arra
     whole = shifted - _UNITS
     side = jnp.where(near > whole, jnp.float32(1), jnp.float32(-1))
     tie = whole + 0.5 * side
+    # Of small numbers the remainder would be subnormal.
+    power = jnp.where(divisor < 2.0**-60, jnp.float32(2.0**64), jnp.float32(1))
+    numerator, divisor = numerator * power, divisor * power
     high = _float(_bits(divisor) & _UPPER_HALF)
     remainder = side * ((numerator - tie * high) - tie * (divisor - high))
     tolerance = _float(_bits(tie) & _EXPONENTS) * (divisor * jnp.float32(2.0**-24))

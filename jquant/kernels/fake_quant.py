@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jquant.core.division import whole_ratio as core_whole_ratio
 from jquant.core.formats import Float as FloatElement
@@ -23,8 +23,8 @@ from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
 from jquant.core.tiles import Axis
-from jquant.kernels.options import lanes, triton_options
-from jquant.kernels.rounding import whole_ratio
+from jquant.kernels.options import assembles, lanes, triton_options
+from jquant.kernels.rounding import divisor, whole_quotient
 
 Keep = Literal["input", "scale"]
 _ELEMENTS, _WARPS = 4096, 8  # of a program; on an H100 as fast as a copy
@@ -145,7 +145,7 @@ def _over_groups(
 
     results = [(folded, block, dtype) for dtype in dtypes] + ([(scales, line, jnp.float32)] if with_scale else [])
     found = pl.pallas_call(
-        partial(kernel, plan.scheme.element, 1 if plan.axis == -1 else 0),
+        partial(kernel, plan.scheme.element, 1 if plan.axis == -1 else 0, assembles(plan.interpret)),
         grid=grid,
         in_specs=[spec(block)] * len(flat),
         out_specs=[spec(of) for _, of, _ in results],
@@ -188,12 +188,12 @@ class _Held:
     def largest(self) -> Array:
         """max |x| of each group, the axis kept."""
         if self._whole is not None:
-            return jnp.max(jnp.abs(self._whole), axis=self._axis, keepdims=True)
+            return of_peak(peak_of(self._whole, self._axis))
 
         def one(index: Array, found: Array) -> Array:
-            return jnp.maximum(found, jnp.max(jnp.abs(self._part(index)), axis=0, keepdims=True))
+            return jnp.maximum(found, peak_of(self._part(index), 0))
 
-        return jax.lax.fori_loop(0, self._count, one, jnp.zeros((1, self._x.shape[1]), jnp.float32))
+        return of_peak(jax.lax.fori_loop(0, self._count, one, jnp.zeros((1, self._x.shape[1]), jnp.int32)))
 
     def each(self, write: Callable[[Any, Array], None]) -> None:
         """Calls `write` with the place and the values of each part."""
@@ -216,30 +216,47 @@ def _stretch(group: int, width: int) -> int:
     return min(group & -group, _TALL // width)
 
 
-def _forward(element: Any, axis: int, x: Any, out: Any, scale_out: Any = None) -> None:
+def _forward(element: Any, axis: int, assembly: bool, x: Any, out: Any, scale_out: Any = None) -> None:
     held = _Held(x, axis)
     scale = scale_of(held.largest(), element)
+    by = divisor(scale, assembly=assembly)
     low, high = element.lowest_code - element.offset, element.highest_code - element.offset
+    step = jnp.where(jnp.isinf(scale), jnp.nan, scale)  # 0 · ∞, and of all else there too
 
     def write(at: Any, values: Array) -> None:
-        out[at] = (jnp.clip(whole_ratio(values, scale, 1 / scale), low, high) * scale).astype(out.dtype)
+        out[at] = (jnp.clip(whole_quotient(values, by, assembly=assembly), low, high) * step).astype(out.dtype)
 
     held.each(write)
     if scale_out is not None:
         scale_out[...] = scale
 
 
-def _backward(element: Any, axis: int, x: Any, cotangent: Any, out: Any) -> None:
+def _backward(element: Any, axis: int, assembly: bool, x: Any, cotangent: Any, out: Any) -> None:
     held = _Held(x, axis)
     scale = scale_of(held.largest(), element)
+    by = divisor(scale, assembly=assembly)
     low, high = element.lowest_code - element.offset, element.highest_code - element.offset
 
     def write(at: Any, values: Array) -> None:
-        whole = whole_ratio(values, scale, 1 / scale)
+        whole = whole_quotient(values, by, assembly=assembly)
         given = cotangent[at].astype(out.dtype)
         out[at] = jnp.where((whole >= low) & (whole <= high), given, jnp.zeros((), out.dtype))
 
     held.each(write)
+
+
+def peak_of(x: Float32[Array, "..."], axis: int) -> Int32[Array, "..."]:
+    """The bits of max |x|, the axis kept: as whole numbers they have the order of floats, and NaN is the largest.
+
+    Maxima of floats on a GPU pass over NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    return jnp.max(bits, axis=axis, keepdims=True)
+
+
+def of_peak(bits: Int32[Array, "..."]) -> Float32[Array, "..."]:
+    """max |x| itself."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def scale_of(peak: Float32[Array, "..."], element: Int | FloatElement) -> Float32[Array, "..."]:
@@ -249,14 +266,18 @@ def scale_of(peak: Float32[Array, "..."], element: Int | FloatElement) -> Float3
 
 
 def _divide_by_reach(a: Array, element: Int | FloatElement) -> Array:
-    """a / reach for a ≥ 2^-100, correctly rounded, in few operations; below, to a unit or two.
+    """a / reach for a ≥ 0, correctly rounded where that is no subnormal, in few operations.
 
     The reach is a power of two less another one: with p = 2^k and t = p − reach, the remainder a − q·reach = (a − q·p)
     + q·t of a near quotient is exact, as all three parts are floats (Sterbenz). One step of Newton with it rounds
     correctly: quotients by such divisors stay a thirtieth of a unit or more away from halves.
     """
+    down, up = jnp.float32(2.0**-40), jnp.float32(2.0**40)  # so that no product overflows and no remainder is subnormal
+    large, small = a > 2.0**60, a < 2.0**-60
+    held = a * jnp.where(large, down, jnp.where(small, up, 1.0))
     power = float(1 << int(element.reach).bit_length())
     # The maximum changes nothing, but XLA, where it interprets the kernel, would fold the products below into this one.
-    near = jnp.maximum(a * jnp.float32(1 / element.reach), 0.0)
-    remainder = (a - near * power) + near * (power - element.reach)
-    return near + remainder * jnp.float32(1 / element.reach)
+    near = jnp.maximum(held * jnp.float32(1 / element.reach), 0.0)
+    remainder = (held - near * power) + near * (power - element.reach)
+    found = near + remainder * jnp.float32(1 / element.reach)
+    return jnp.where(jnp.isinf(a), a, found * jnp.where(large, up, jnp.where(small, down, 1.0)))

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt8
 
 from jquant.core.formats import Element, Float, Int
-from jquant.kernels.options import lanes, triton_options
-from jquant.kernels.rounding import divide, nearest_code, whole_ratio
+from jquant.kernels.options import assembles, lanes, triton_options
+from jquant.kernels.rounding import Divisor, divisor, nearest_code, quotient, whole_quotient
 
 _ROWS, _WARPS = 32, 2  # on an H100 a column of 14336 rows takes 0.7 µs
 
@@ -67,7 +67,7 @@ def round_block(block: Block, element: Element, *, interpret: bool = False) -> R
     tiles = [jnp.pad(x, ((0, 0), (0, padded - out)), constant_values=float(i == 2)) for i, x in enumerate(tiles)]
     tile = pl.BlockSpec((n, rows), lambda i: (0, i))
     errors, codes, loss = pl.pallas_call(
-        partial(_kernel, element, block.zero is not None),
+        partial(_kernel, element, block.zero is not None, assembles(interpret)),
         grid=(padded // rows,),
         in_specs=[*[tile] * len(tiles), pl.BlockSpec((n, n), lambda i: (0, 0)), pl.BlockSpec((n,), lambda i: (0,))],
         out_specs=[tile, tile, pl.BlockSpec((rows,), lambda i: (i,))],
@@ -93,7 +93,7 @@ def round_block_reference(block: Block, element: Element) -> Rounded:
         )
         zero = None if block.zero is None else block.zero[index]
         scale = block.scale[index]
-        code, value = _round(column, scale, 1 / scale, zero, element=element)
+        code, value = _round(column, scale, divisor(scale, assembly=False), zero, element=element)
         lost = (column - value) * block.root[index]
         return Rounded(
             found.errors.at[index].set(block.weight[index] - value),
@@ -105,22 +105,25 @@ def round_block_reference(block: Block, element: Element) -> Rounded:
     return jax.lax.fori_loop(0, shape[0], one_column, nothing)
 
 
-def _kernel(element: Element, has_zero: bool, columns: Any, weight: Any, scale: Any, *refs: Any) -> None:
+def _kernel(
+    element: Element, has_zero: bool, assembly: bool, columns: Any, weight: Any, scale: Any, *refs: Any
+) -> None:
     zero, (share, root, errors_out, codes_out, loss_out) = (refs[0], refs[1:]) if has_zero else (None, refs)
     n, rows = columns.shape
     places = jax.lax.broadcasted_iota(jnp.int32, (n, rows), 0)
 
-    def load(index: Any) -> tuple[Array, ...]:
+    def load(index: Any) -> tuple[Any, ...]:
         """What a column needs that does not depend on those before; loaded while the one before is rounded."""
         steps = scale[index, :]
         zeros = () if zero is None else (zero[index, :],)
-        return share[index, :], columns[index, :], weight[index, :], root[index], steps, 1 / steps, *zeros
+        by = divisor(steps, assembly=assembly)
+        return share[index, :], columns[index, :], weight[index, :], root[index], steps, by, *zeros
 
-    def one_column(index: Any, carry: tuple[Array, Array, tuple[Array, ...]]) -> Any:
+    def one_column(index: Any, carry: tuple[Array, Array, tuple[Any, ...]]) -> Any:
         errors, loss, (shares, start, original, height, *parameters) = carry
         following = load(jnp.minimum(index + 1, n - 1))
         column = start + jnp.sum(errors * shares[:, None], axis=0)
-        code, value = _round(column, *parameters, element=element)
+        code, value = _round(column, *parameters, element=element, assembly=assembly)
         codes_out[index, :] = code.astype(jnp.uint8)
         lost = (column - value) * height
         return jnp.where(places == index, (original - value)[None, :], errors), loss + lost * lost, following
@@ -130,13 +133,14 @@ def _kernel(element: Element, has_zero: bool, columns: Any, weight: Any, scale: 
 
 
 def _round(
-    column: Array, scale: Array, inverse: Array, zero: Array | None = None, *, element: Element
+    column: Array, scale: Array, by: Divisor, zero: Array | None = None, *, element: Element, assembly: bool = False
 ) -> tuple[Array, Array]:
     """Codes (int32) and values."""
     if isinstance(element, Int):
         origin = jnp.float32(element.offset) if zero is None else zero
         lowest = element.lowest_code if zero is None else 0
-        code = jnp.clip(whole_ratio(column, scale, inverse) + origin, lowest, element.highest_code)
+        whole = whole_quotient(column, by, assembly=assembly)
+        code = jnp.clip(whole + origin, lowest, element.highest_code)
         return code.astype(jnp.int32), (code - origin) * scale
-    code, level = nearest_code(divide(column, scale), element)
+    code, level = nearest_code(quotient(column, by, assembly=assembly), element)
     return code, level * scale

@@ -22,6 +22,11 @@ def triton_options(warps: int, interpret: bool) -> dict[str, Any]:
     return {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=1)}
 
 
+def assembles(interpret: bool) -> bool:
+    """Whether a kernel may hold NVIDIA's assembly."""
+    return not interpret and not for_tpu()
+
+
 def lanes(width: int) -> int:
     """Columns of a program: so many, and as many as a TPU wants there."""
     return max(width, _TPU_LANES) if for_tpu() else width

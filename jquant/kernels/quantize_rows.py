@@ -19,9 +19,9 @@ from jquant.core.formats import Float as FloatElement
 from jquant.core.formats import Int
 from jquant.core.scales import FloatScale
 from jquant.core.scheme import Scheme, Token
-from jquant.kernels.fake_quant import scale_of
-from jquant.kernels.options import triton_options
-from jquant.kernels.rounding import divide, nearest_code, whole_ratio
+from jquant.kernels.fake_quant import of_peak, peak_of, scale_of
+from jquant.kernels.options import assembles, triton_options
+from jquant.kernels.rounding import Divisor, divisor, nearest_code, quotient, whole_quotient
 
 _ELEMENTS, _WARPS = 8192, 8  # of a program
 _STRETCH = 128  # the shortest that is worth a kernel
@@ -57,7 +57,7 @@ def quantize_rows(
     tile = min(max(1, _ELEMENTS // stretch), 1 << (count - 1).bit_length())
     rows = -(-count // tile) * tile
     codes, scales = pl.pallas_call(
-        partial(_kernel, element, stretch, not interpret),
+        partial(_kernel, element, stretch, assembles(interpret)),
         grid=(rows // tile,),
         in_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0))],
         out_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0)), pl.BlockSpec((tile, 1), lambda i: (i, 0))],
@@ -85,28 +85,27 @@ def _kernel(element: Any, stretch: int, assembly: bool, x: Any, codes: Any, scal
         return x[:, pl.ds(index * stretch, stretch)].astype(jnp.float32)
 
     def largest(index: Any, found: Array) -> Array:
-        return jnp.maximum(found, jnp.max(jnp.abs(part(index)), axis=1, keepdims=True))
+        return jnp.maximum(found, peak_of(part(index), 1))
 
-    peak = jax.lax.fori_loop(0, count, largest, jnp.zeros((tile, 1), jnp.float32))
-    scale = scale_of(peak, element)
+    peak = jax.lax.fori_loop(0, count, largest, jnp.zeros((tile, 1), jnp.int32))
+    scale = scale_of(of_peak(peak), element)
     scales[...] = scale
+    by = divisor(scale, assembly=assembly)
 
     def encode(index: Any, nothing: None) -> None:
-        found = _codes(part(index), scale, element, assembly=assembly)
+        found = _codes(part(index), by, element, assembly=assembly)
         codes[:, pl.ds(index * stretch, stretch)] = found.astype(codes.dtype)
 
     jax.lax.fori_loop(0, count, encode, None)
 
 
-def _codes(
-    values: Float32[Array, "rows in"], scale: Float32[Array, "rows 1"], element: Any, *, assembly: bool
-) -> Array:
+def _codes(values: Float32[Array, "rows in"], by: Divisor, element: Any, *, assembly: bool) -> Array:
     """Of floats the bit pattern."""
     if isinstance(element, Int):
         low, high = element.lowest_code - element.offset, element.highest_code - element.offset
-        return jnp.clip(whole_ratio(values, scale, 1 / scale), low, high).astype(jnp.int32)
+        return jnp.clip(whole_quotient(values, by, assembly=assembly), low, high).astype(jnp.int32)
     assert isinstance(element, FloatElement), "`fits` refuses others"
-    ratio = divide(values, scale)
+    ratio = quotient(values, by, assembly=assembly)
     return _to_e4m3(ratio) if assembly else nearest_code(ratio, element)[0]
 
 

@@ -21,7 +21,8 @@ from jquant.core.qtensor import Parameters, parameters_of_range, tile_range
 from jquant.core.range_search import RangeSearch, count_of_tries, factor_of_step, shrunk
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Scheme
-from jquant.kernels.options import lanes, triton_options
+from jquant.kernels.columns import load, load_column
+from jquant.kernels.options import assembles, lanes, triton_options
 from jquant.kernels.rounding import nearest_code, to_whole
 
 _ROWS, _WARPS = 32, 2
@@ -88,7 +89,7 @@ def best_steps(
         operands.append(importance[:, None])
         specs.append(pl.BlockSpec((group, 1), lambda i, j: (i, 0)))
     found = pl.pallas_call(
-        partial(_kernel, element, config, low is not None, importance is not None),
+        partial(_kernel, element, config, low is not None, importance is not None, assembles(interpret)),
         grid=(groups, padded // rows),
         in_specs=specs,
         out_specs=line,
@@ -100,18 +101,23 @@ def best_steps(
     return found[:, 0, :out]
 
 
-def _kernel(element: Element, config: RangeSearch, has_low: bool, weighted: bool, columns: Any, *refs: Any) -> None:
+def _kernel(
+    element: Element, config: RangeSearch, has_low: bool, weighted: bool, assembly: bool, columns: Any, *refs: Any
+) -> None:
     given = iter(refs)
-    x, high = columns[...], next(given)[...]
+    x, high = load(columns, 0, columns.shape[0], assembly=assembly), next(given)[...]
     low = next(given)[...] if has_low else None
-    weight = next(given)[...] if weighted else None
+    weight = load_column(next(given), columns.shape[1], assembly=assembly) if weighted else None
     best = next(given)
 
     def one(step: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
         factor = 1 - step.astype(jnp.float32) * jnp.float32(1 / config.grid)
-        lost = jnp.abs(x - _decoded(x, high * factor, None if low is None else low * factor, element))
-        lost = lost * lost if config.exponent == 2 else jnp.exp(config.exponent * jnp.log(jnp.maximum(lost, 1e-30)))
-        error = jnp.sum(lost if weight is None else lost * weight, axis=0, keepdims=True)
+        scale, missed = _missed(x, high * factor, None if low is None else low * factor, element, assembly)
+        if config.exponent == 2:
+            lost, unit = missed * missed, scale * scale
+        else:
+            lost, unit = (jnp.exp(config.exponent * jnp.log(jnp.maximum(each, 1e-30))) for each in (missed, scale))
+        error = unit * jnp.sum(lost if weight is None else lost * weight, axis=0, keepdims=True)
         least, chosen = found
         return jnp.minimum(error, least), jnp.where(error < least, step, chosen)
 
@@ -119,17 +125,21 @@ def _kernel(element: Element, config: RangeSearch, has_low: bool, weighted: bool
     best[...] = jax.lax.fori_loop(0, count_of_tries(config), one, start)[1]
 
 
-def _decoded(x: Array, high: Array, low: Array | None, element: Element) -> Array:
-    """Values of x [group, rows] as a range a row [1, rows] gives them."""
+def _missed(x: Array, high: Array, low: Array | None, element: Element, assembly: bool) -> tuple[Array, Array]:
+    """The scale of a range a row [1, rows], and by how many of it values x [group, rows] are missed."""
     if low is not None:
         assert isinstance(element, Int), "others have no zero point"
         scale = jnp.maximum((high - low) * jnp.float32(1 / element.highest_code), SMALLEST_SCALE)
         inverse = 1 / scale
         zero = jnp.clip(to_whole(-low * inverse), 0, element.highest_code)
-        return jnp.clip(to_whole(x * inverse), -zero, element.highest_code - zero) * scale
-    scale = jnp.maximum(high * jnp.float32(1 / element.reach), SMALLEST_SCALE)  # pyright: ignore[reportAttributeAccessIssue]
-    ratio = x * (1 / scale)
+        lowest, highest = -zero, element.highest_code - zero
+    else:
+        scale = jnp.maximum(high * jnp.float32(1 / element.reach), SMALLEST_SCALE)  # pyright: ignore[reportAttributeAccessIssue]
+        inverse = 1 / scale
+        if isinstance(element, Int):
+            lowest, highest = element.lowest_code - element.offset, element.highest_code - element.offset
+    ratio = x * inverse
     if isinstance(element, Int):
-        lowest, highest = element.lowest_code - element.offset, element.highest_code - element.offset
-        return jnp.clip(to_whole(ratio), lowest, highest) * scale
-    return nearest_code(ratio, element)[1] * scale
+        near = jnp.clip(ratio, lowest, highest)  # pyright: ignore[reportPossiblyUnboundVariable]
+        return scale, jnp.abs(ratio - to_whole(near, assembly=assembly))
+    return scale, jnp.abs(ratio - nearest_code(ratio, element)[1])

@@ -46,7 +46,7 @@ class QATLinear(FakeQuantModule):
         if not multiplies_codes(self):
             weight = self.weight_quantizer(self.weight.get_value(), dtype=x.dtype)
             return matmul_transposed(inputs, weight, bias, dtype=dtype)
-        weight = self.weight_quantizer(self.weight.get_value())
+        weight = self.weight_quantizer(self.weight.get_value(), dtype=x.dtype)  # for the backward pass
         rows = x.reshape(-1, x.shape[-1])
         dtype = x.dtype if dtype is None else jnp.dtype(dtype)
         product = None
@@ -167,7 +167,7 @@ def _product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Arra
     x, weight = kept
     gradient = cotangent.astype(x.dtype)
     product = {"precision": PRECISION, "preferred_element_type": jnp.float32}
-    of_x = jnp.einsum("ro,oi->ri", gradient, weight.astype(x.dtype), **product)
+    of_x = jnp.einsum("ro,oi->ri", gradient, weight, **product)
     of_weight = jnp.einsum("ro,ri->oi", gradient, x, **product)
     return of_x.astype(x.dtype), of_weight.astype(weight.dtype), None
 

@@ -16,9 +16,12 @@ from jquant.core import ste
 from jquant.core.division import exact_divide
 from jquant.core.formats import Int
 from jquant.core.scheme import scheme
+from jquant.core.tiles import Axis
 from jquant.kernels import dispatch
 from jquant.kernels.fake_quant import Keep, _divide_by_reach, fake_quantize, fits
 from jquant.nn.linear import Linear
+
+INTERPRET = not dispatch.on_cuda()  # on a GPU the kernel itself
 
 KEEPS: tuple[Keep, ...] = ("input", "scale")
 SCHEMES = [
@@ -33,11 +36,25 @@ def test_value_and_gradient(spec: str, dtype: str) -> None:
     assert fits(chosen, x.shape, x.dtype)
     expected, pull = jax.vjp(lambda x: ste.fake_quantize(x, chosen), x)
     for keep in KEEPS:
-        found, pulled = jax.vjp(partial(fake_quantize, scheme=chosen, keep=keep, interpret=True), x)
+        found, pulled = jax.vjp(partial(fake_quantize, scheme=chosen, keep=keep, interpret=INTERPRET), x)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(pulled(cotangent)[0], pull(cotangent)[0])
-    straight = jax.vjp(lambda x: fake_quantize(x, chosen, clipped=False, interpret=True), x)[1](cotangent)[0]
+    straight = jax.vjp(lambda x: fake_quantize(x, chosen, clipped=False, interpret=INTERPRET), x)[1](cotangent)[0]
     np.testing.assert_array_equal(straight, cotangent)
+
+
+@pytest.mark.parametrize(
+    ("axis", "spec"), [(-1, "int4:g128"), (-1, "int8:token"), (-2, "int4:g128"), (-2, "int8:channel")]
+)
+def test_infinities_and_nan_are_told_of(axis: Axis, spec: str) -> None:
+    """A group with an infinity becomes NaN; whether one with a NaN does as a whole depends on the backend's maximum."""
+    x = jax.random.normal(jax.random.key(0), (512, 512)).at[200, 300].set(jnp.inf)
+    x = x.at[7, 400].set(-jnp.inf).at[100, 100].set(3e38)
+    expected = jax.jit(lambda x: ste.fake_quantize(x, scheme(spec), axis=axis))(x)
+    found = jax.jit(lambda x: fake_quantize(x, scheme(spec), axis=axis, interpret=INTERPRET))
+    np.testing.assert_array_equal(found(x), expected)
+    assert np.isnan(expected).sum() >= 2 * 128
+    assert np.isnan(found(x.at[3, 5].set(jnp.nan))[3, 5])
 
 
 @pytest.mark.parametrize("spec", ["int4:g128", "int2:g16", "int8:channel", "int3:g64:restricted"])
@@ -71,7 +88,7 @@ def _check_rounding_of_masters(shape: tuple[int, ...], spec: str, axis: Literal[
 
     expected, pull = jax.vjp(reference, x)
     for keep in KEEPS:
-        kernel = partial(fake_quantize, scheme=chosen, axis=axis, dtype="bfloat16", keep=keep, interpret=True)
+        kernel = partial(fake_quantize, scheme=chosen, axis=axis, dtype="bfloat16", keep=keep, interpret=INTERPRET)
         found, pulled = jax.vjp(kernel, x)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(pulled(cotangent)[0], pull(cotangent)[0])

@@ -14,6 +14,9 @@ from jquant.kernels import dispatch
 from jquant.kernels.gptq_block import Block, fits, round_block, round_block_reference
 from jquant.ptq import gptq
 
+INTERPRET = not dispatch.on_cuda()  # on a GPU the kernel itself
+KERNEL = "interpret" if INTERPRET else "kernel"
+
 
 def block_of(element: Element, columns: int, rows: int, *, zero: bool = False) -> Block:
     rng = np.random.default_rng(columns + rows)
@@ -46,7 +49,7 @@ def test_kernel_is_the_reference(name: str, columns: int, rows: int, zero: bool)
     element = ELEMENTS[name]
     block = block_of(element, columns, rows, zero=zero)
     expected = jax.jit(round_block_reference, static_argnums=1)(block, element)
-    found = round_block(block, element, interpret=True)
+    found = round_block(block, element, interpret=INTERPRET)
     np.testing.assert_array_equal(found.codes, expected.codes)
     np.testing.assert_allclose(found.errors, expected.errors, atol=2e-6)
     np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
@@ -71,7 +74,7 @@ def test_solver_with_and_without(spec: str, act_order: str) -> None:
     config = gptq.GPTQConfig(act_order=act_order, block=64, range="minmax")  # type: ignore[arg-type]
     expected = gptq.solve(weight, known, scheme(spec), config=config)
     factor = gptq.factorize(known, config=config)
-    found = gptq._solve(weight, factor, scheme(spec), config, "interpret")
+    found = gptq._solve(weight, factor, scheme(spec), config, KERNEL)
     # Sums are taken in another order: a code at a tie may differ, and then all after it.
     assert float(jnp.mean(found.qtensor.codes() != expected.qtensor.codes())) < 0.01
     np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-2)
@@ -80,9 +83,9 @@ def test_solver_with_and_without(spec: str, act_order: str) -> None:
 def test_a_row_does_not_depend_on_others() -> None:
     element = ELEMENTS["int4"]
     block = block_of(element, 32, 40)
-    whole = round_block(block, element, interpret=True)
+    whole = round_block(block, element, interpret=INTERPRET)
     part = jax.tree.map(lambda x: x[:, :5] if x.shape[-1] == 40 else x, block)
-    first = round_block(part, element, interpret=True)
+    first = round_block(part, element, interpret=INTERPRET)
     np.testing.assert_array_equal(whole.codes[:, :5], first.codes)
 
 

@@ -12,9 +12,12 @@ from jquant.core.qtensor import dequantize, quantize_with
 from jquant.core.range_search import RangeSearch, search_parameters
 from jquant.core.scheme import scheme
 from jquant.core.tiles import to_tiles
-from jquant.kernels import range_search
+from jquant.kernels import dispatch, range_search
 from jquant.kernels.range_search import fits
 from jquant.ptq import gptq
+
+INTERPRET = not dispatch.on_cuda()  # on a GPU the kernel itself
+KERNEL = "interpret" if INTERPRET else "kernel"
 
 SPECS = [
     "int2:g32",
@@ -39,7 +42,9 @@ def test_loses_as_little_as_the_reference(spec: str, exponent: float) -> None:
     config, tiles = RangeSearch(exponent=exponent), to_tiles(w, chosen)
     weights = importance.reshape(1, 1, -1, group)
     expected = jax.jit(lambda: search_parameters(tiles, chosen, importance=weights, config=config))()
-    found = range_search.search_parameters(w.T, group, chosen, importance=importance, config=config, interpret=True)
+    found = range_search.search_parameters(
+        w.T, group, chosen, importance=importance, config=config, interpret=INTERPRET
+    )
     same = jnp.abs(found.scale / expected.scale - 1) < 3e-7  # high·p − low·p may be contracted, or not
     assert float(jnp.mean(same)) > 0.97
 
@@ -66,6 +71,6 @@ def test_the_solver_with_and_without() -> None:
     config = gptq.GPTQConfig(block=64)
     factor = gptq.factorize(known, config=config)
     expected = gptq._solve(weight, factor, scheme("int4:g64"), config, "jnp")
-    found = gptq._solve(weight, factor, scheme("int4:g64"), config, "interpret")
+    found = gptq._solve(weight, factor, scheme("int4:g64"), config, KERNEL)
     np.testing.assert_array_equal(found.qtensor.scales(), expected.qtensor.scales())
     np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-2)

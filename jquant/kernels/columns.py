@@ -1,0 +1,48 @@
+"""Stretches of columns [columns, rows] in a kernel, a row of the weight a thread: sums over columns stay in registers.
+
+Triton chooses how a tile is spread over threads by how its loads are widest: four neighbours of a line a thread. Then
+eight threads share a line, four of them a sum over columns, and values go from thread to thread all the time. Here
+places in a line are what no compiler can see through, so that each thread loads single numbers, thirty-two a line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+
+def load(ref: Any, begin: Any, count: int, *, assembly: bool) -> Array:
+    """`ref[begin : begin + count]` of lines [rows]."""
+    from jax.experimental import pallas as pl
+
+    if not assembly:
+        return ref[pl.ds(begin, count), :]
+    column, row = _places(count, ref.shape[1])
+    return ref[begin + column, row]
+
+
+def load_column(ref: Any, rows: int, *, assembly: bool) -> Array:
+    """All of `ref` [count, 1] for all rows: [count, 1 or rows]."""
+    if not assembly:
+        return ref[...]
+    column, _ = _places(ref.shape[0], rows)
+    return ref[column, jnp.zeros_like(column)]
+
+
+def _places(count: int, rows: int) -> tuple[Int32[Array, "count rows"], Int32[Array, "count rows"]]:
+    column, row = (
+        _hidden(jax.lax.broadcasted_iota(jnp.int32, shape, axis)) for axis, shape in enumerate(((count, 1), (1, rows)))
+    )
+    return jnp.broadcast_to(column, (count, rows)), jnp.broadcast_to(row, (count, rows))
+
+
+def _hidden(x: Int32[Array, "..."]) -> Int32[Array, "..."]:
+    from jax.experimental.pallas import triton
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return triton.elementwise_inline_asm(
+        "mov.b32 $0, $1;", args=[x], constraints="=r,r", pack=1, result_shape_dtypes=[shape]
+    )[0]
