@@ -16,6 +16,7 @@ References: LSQ (Esser et al., 1902.08153), 2; LSQ+ (Bhalgat et al., 2004.09576)
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,28 +24,30 @@ from jaxtyping import Array, Float, Float32
 
 from jquant.core.errors import InputError
 from jquant.core.formats import Int
-from jquant.core.qtensor import Parameters, _check_input, given_parameters, tile_mean_magnitude
+from jquant.core.qtensor import _check_input, given_parameters, tile_mean_magnitude
 from jquant.core.scheme import Scheme
 from jquant.core.ste import round_tiles
-from jquant.core.tiles import from_tiles, spread, to_tiles
+from jquant.core.tiles import Axis, from_tiles, spread, to_tiles
 
 
 def fake_quantize_learned(
-    x: Float[Array, "*batch out in"],
+    x: Float[Array, "*batch _ _"],
     scale: Float[Array, "*batch row_tiles column_tiles"],
     scheme: Scheme,
     *,
     zero_point: Float[Array, "*batch row_tiles column_tiles"] | None = None,
     gradient_scale: float | None = None,
-) -> Float[Array, "*batch out in"]:
+    axis: Axis = -1,
+) -> Float[Array, "*batch _ _"]:
     """dequantize(quantize(x, scheme, scale=scale, zero_point=zero_point)), bit for bit, with LSQ's gradients.
 
     Args:
-        x: any float dtype, [..., out, in]; the result has its dtype.
-        scale: positive, one a tile.
+        x: any float dtype, [..., out, in], or [..., in, out] where the axis is −2; the result has its dtype.
+        scale: positive, one a tile; a row of them for each row of tiles of outputs, whatever the axis.
         scheme: static under jit; not a block type of ggml, which finds its scales itself.
         zero_point: codes, not necessarily whole; exactly where the scheme is asymmetric.
         gradient_scale: what the gradient of `scale` is multiplied by; by default LSQ's, of the tile.
+        axis: of the inputs.
 
     Raises:
         InputError: x is no float matrix, the scheme has no scales to learn, or theirs is another shape.
@@ -52,8 +55,9 @@ def fake_quantize_learned(
     _check_input(x, scheme)
     if scheme.block is not None:
         raise InputError(f"{scheme} finds the scales inside its blocks itself: they cannot be learned; use clipped_ste")
-    factor = lsq_gradient_scale(scheme, x.shape[-2:]) if gradient_scale is None else gradient_scale
-    return _fake_quantize(scheme, factor, x, scale, zero_point)
+    shape = (x.shape[-3 - axis], x.shape[axis])
+    factor = lsq_gradient_scale(scheme, shape) if gradient_scale is None else gradient_scale
+    return _fake_quantize(_Plan(scheme, factor, axis), x, scale, zero_point)
 
 
 def lsq_gradient_scale(scheme: Scheme, matrix_shape: tuple[int, ...]) -> float:
@@ -86,37 +90,66 @@ def lsq_initial_scale(
     return jnp.where(mean > 0, 2 * mean / largest_level(scheme) ** 0.5, 1.0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fake_quantize(scheme: Scheme, factor: float, x: Array, scale: Array, zero_point: Array | None) -> Array:
-    return _forward(scheme, factor, x, scale, zero_point)[0]
+class _Plan(NamedTuple):
+    """What is static."""
+
+    scheme: Scheme
+    factor: float  # of the gradient of scales
+    axis: Axis
+
+    def turn(self, per_tile: Array) -> Array:
+        """One entry a tile, from where they are kept to where tiles lie, or back."""
+        return per_tile if self.axis == -1 else per_tile.swapaxes(-1, -2)
+
+
+class _Rounded(NamedTuple):
+    """Tiles, and what they go to."""
+
+    tiles: Array
+    levels: Array
+    in_range: Array
+    divisor: Array  # one entry a tile, as all below
+    scale: Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fake_quantize(plan: _Plan, x: Array, scale: Array, zero_point: Array | None) -> Array:
+    return _forward(plan, x, scale, zero_point)[0]
+
+
+def _round(plan: _Plan, x: Array, scale: Array, zero_point: Array | None) -> _Rounded:
+    scheme, turn = plan.scheme, plan.turn
+    known = given_parameters(turn(x), scheme, scale, zero_point)
+    parameters = known._replace(
+        scale=turn(known.scale), zero_point=None if known.zero_point is None else turn(known.zero_point)
+    )
+    tiles = to_tiles(x.astype(jnp.float32), scheme, plan.axis)
+    levels, in_range = round_tiles(tiles, scheme, parameters, None)
+    return _Rounded(tiles, levels, in_range, parameters.scale, turn(scheme.scale.load(known.stored)))
 
 
 def _forward(
-    scheme: Scheme, factor: float, x: Array, scale: Array, zero_point: Array | None
+    plan: _Plan, x: Array, scale: Array, zero_point: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    parameters = given_parameters(x, scheme, scale, zero_point)
-    levels, _ = round_tiles(to_tiles(x.astype(jnp.float32), scheme), scheme, parameters, None)
-    value = levels * spread(scheme.scale.load(parameters.stored))
-    return from_tiles(value, (x.shape[-2], x.shape[-1])).astype(x.dtype), (x, scale, zero_point)
+    found = _round(plan, x, scale, zero_point)
+    value = from_tiles(found.levels * spread(found.scale), (x.shape[-2], x.shape[-1]))
+    return value.astype(x.dtype), (x, scale, zero_point)
 
 
 def _backward(
-    scheme: Scheme, factor: float, kept: tuple[Array, Array, Array | None], cotangent: Array
+    plan: _Plan, kept: tuple[Array, Array, Array | None], cotangent: Array
 ) -> tuple[Array, Array, Array | None]:
     x, scale, zero_point = kept
-    parameters: Parameters = given_parameters(x, scheme, scale, zero_point)
-    tiles = to_tiles(x.astype(jnp.float32), scheme)
-    levels, in_range = round_tiles(tiles, scheme, parameters, None)
-    y = tiles / spread(parameters.scale)
-    gradient = to_tiles(cotangent.astype(jnp.float32), scheme)
-    of_x = jnp.where(in_range, gradient, 0.0)
-    of_scale = factor * jnp.sum(gradient * jnp.where(in_range, levels - y, levels), axis=(-3, -1))
+    tiles, levels, in_range, divisor, loaded = _round(plan, x, scale, zero_point)
+    y = tiles / spread(divisor)
+    gradient = to_tiles(cotangent.astype(jnp.float32), plan.scheme, plan.axis)
+    of_x = from_tiles(jnp.where(in_range, gradient, 0.0), (x.shape[-2], x.shape[-1]))
+    of_scale = plan.factor * jnp.sum(gradient * jnp.where(in_range, levels - y, levels), axis=(-3, -1))
     of_zero = None
     if zero_point is not None:
         clipped = jnp.sum(jnp.where(in_range, 0.0, gradient), axis=(-3, -1))
-        of_zero = (-scheme.scale.load(parameters.stored) * clipped).astype(zero_point.dtype)
-    shape = (x.shape[-2], x.shape[-1])
-    return from_tiles(of_x, shape).astype(x.dtype), of_scale.astype(scale.dtype), of_zero
+        of_zero = plan.turn(-loaded * clipped).astype(zero_point.dtype)
+    return of_x.astype(x.dtype), plan.turn(of_scale).astype(scale.dtype), of_zero
 
 
 _fake_quantize.defvjp(_forward, _backward)

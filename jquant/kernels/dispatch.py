@@ -35,7 +35,7 @@ from jquant.kernels.options import for_tpu
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
 # Up to so many rows of x a packed product is faster than decoding the weight first (bench_gpu.py).
-FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 2048
+FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 3072
 
 # For programs with many products of float32: among kernels of its own XLA looks for a second a shape. cuBLAS's are up
 # to a quarter slower (the solver of 4096 in, 14336 out: 11.3 s to compile or 2.6; on an H100 15 to 20 ms to run), which
@@ -102,31 +102,42 @@ def multiply_as_codes(
 
     No gradient: codes have none. Under vmap over x all rows go into one product.
     """
-    inputs = x.shape[-1]
-    if x.dtype != jnp.bfloat16 or way() != "kernel" or not on_hopper() or not _multiplies(weight, activation):
+    if weight.groups is not None or weight.ndim != 2 or not _multiplies(x, weight.shape, weight.scheme, activation):
         return None
-    if not (quantize_rows.fits(activation, inputs, x.dtype) and w8a8_wgmma.fits(len(x), weight.shape[0], inputs)):
-        return None
-    return _as_codes(activation, jax.lax.stop_gradient(x), weight, bias)
+    of_rows = jnp.broadcast_to(weight.scales()[:, 0], (weight.shape[0],))
+    return _as_codes(activation, jax.lax.stop_gradient(x), weight.planes[0], of_rows, bias)
 
 
-def _multiplies(weight: QTensor, activation: Scheme) -> bool:
-    """Whether the tensor cores take the codes of both as they are: int8 of eight bits, or fp8 e4m3."""
-    elements: tuple[Element, Element] = (weight.scheme.element, activation.element)
+def multiply_quantized(
+    x: Float[Array, "rows in"], weight: Float[Array, "out in"], scheme: Scheme, activation: Scheme
+) -> BFloat16[Array, "rows out"] | None:
+    """`multiply_as_codes` of a weight in floats, whose codes are found by a kernel too; None where there are none."""
+    if not _multiplies(x, weight.shape, scheme, activation):
+        return None
+    if not quantize_rows.fits(scheme, weight.shape[1], weight.dtype):
+        return None
+    x, weight = jax.lax.stop_gradient((x, weight))
+    return _as_codes(activation, x, *quantize_rows.quantize_rows(weight, scheme, packed=True), None)
+
+
+def _multiplies(x: Array, shape: tuple[int, ...], weight: Scheme, activation: Scheme) -> bool:
+    """Whether a kernel multiplies the codes of both as they are: int8 of eight bits, or fp8 e4m3."""
+    if x.dtype != jnp.bfloat16 or way() != "kernel" or not on_hopper():
+        return False
+    elements: tuple[Element, Element] = (weight.element, activation.element)
     integers = all(isinstance(each, Int) and each.bits == 8 for each in elements)
     if not integers and not all(each.name == "fp8_e4m3" for each in elements):
         return False
-    plain = weight.scheme.zero_point == "none" and weight.groups is None and weight.ndim == 2
-    return plain and isinstance(weight.scheme.granularity, Channel | Tensor)
+    if weight.zero_point != "none" or not isinstance(weight.granularity, Channel | Tensor):
+        return False
+    return quantize_rows.fits(activation, shape[1], x.dtype) and w8a8_wgmma.fits(len(x), *shape)
 
 
-def _as_codes(activation: Scheme, x: Array, weight: QTensor, bias: Array | None) -> Array:
+def _as_codes(activation: Scheme, x: Array, packed: Array, of_rows: Array, bias: Array | None) -> Array:
     @jax.custom_batching.custom_vmap
-    def product(x: Array, weight: QTensor, bias: Array | None) -> Array:
+    def product(x: Array, packed: Array, of_rows: Array, bias: Array | None) -> Array:
         codes, scales = quantize_rows.quantize_rows(x, activation)
-        packed = weight.planes[0]
         packed = packed if codes.dtype == jnp.int8 else jax.lax.bitcast_convert_type(packed, codes.dtype)
-        of_rows = jnp.broadcast_to(weight.scales()[:, 0], (len(packed),))
         wide = None if bias is None else bias.astype(jnp.float32)
         return w8a8_wgmma.matmul(codes, packed, scales, of_rows, wide)
 
@@ -134,7 +145,7 @@ def _as_codes(activation: Scheme, x: Array, weight: QTensor, bias: Array | None)
     def batch(size: int, batched: Any, x: Array, *others: Any) -> tuple[Array, bool]:
         return _all_rows_at_once(product, size, batched, (x, *others))
 
-    return product(x, weight, bias)
+    return product(x, packed, of_rows, bias)
 
 
 def _decode_and_multiply(x: Array, q: QTensor) -> Array:

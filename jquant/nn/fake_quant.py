@@ -109,13 +109,12 @@ class WeightQuantizer(FakeQuantModule):
             return dispatch.fake_quantize(matrix, self.scheme, gradient=rule, axis=axis, dtype=dtype, keep="scale")
         dtype = matrix.dtype if dtype is None else dtype
         wide = matrix if dtype == matrix.dtype else matrix.astype(jnp.float32)  # so as to be rounded once, at the end
-        turned = wide if axis == -1 else wide.swapaxes(-1, -2)
         if self.log_scale is not None:
             scale, zero = self.parameters()
-            value = fake_quantize_learned(turned, scale, self.scheme, zero_point=zero)
-        else:
-            key = None if self.rngs is None else self.rngs()
-            value = fake_quantize(turned, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
+            return fake_quantize_learned(wide, scale, self.scheme, zero_point=zero, axis=axis).astype(dtype)
+        key = None if self.rngs is None else self.rngs()
+        turned = wide if axis == -1 else wide.swapaxes(-1, -2)
+        value = fake_quantize(turned, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
         if axis == -2:  # the barrier: as in nn/rounded_input.py, whose bits these are
             value = jax.lax.optimization_barrier(value.swapaxes(-1, -2))
         return value.astype(dtype)

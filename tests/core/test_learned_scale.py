@@ -48,6 +48,26 @@ def test_forward_is_quantize_with_the_scales(spec: str) -> None:
     np.testing.assert_array_equal(fake, packed)
 
 
+@pytest.mark.parametrize("spec", LEARNABLE)
+def test_inputs_along_the_other_axis(spec: str) -> None:
+    """W[in, out] goes to the same values, and the same gradients come back: of scales where these are kept."""
+    x = sample()
+    scale, zero = parameters(spec, x)
+    cotangent = jax.random.normal(jax.random.key(5), x.shape)
+
+    def turned(x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        return fake_quantize_learned(x.T, scale, scheme(spec), zero_point=zero, axis=-2).T
+
+    def plain(x: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        return fake_quantize_learned(x, scale, scheme(spec), zero_point=zero)
+
+    expected, pull = jax.vjp(plain, x, scale, zero)
+    found, pulled = jax.vjp(turned, x, scale, zero)
+    np.testing.assert_array_equal(found, expected)
+    for ours, theirs in zip(jax.tree.leaves(pulled(cotangent)), jax.tree.leaves(pull(cotangent)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(theirs))))
+
+
 def textbook(x: jax.Array, scale: jax.Array, zero: jax.Array | None, spec: str) -> jax.Array:
     """x̂ with every rounding as y + stop_gradient(round(y) − y), left to autodiff. Independent of core's tiles."""
     rows, columns = scheme(spec).tile(*x.shape)
