@@ -25,7 +25,7 @@ from jquant.models.stream import StreamedModel
 from jquant.nn.mesh import mesh_text
 from jquant.ptq.activations import InMemory, OnDisk
 from jquant.ptq.coverage import Coverage
-from jquant.ptq.pipeline import Event, check_rules, quantize_blocks
+from jquant.ptq.pipeline import Event, check_rules, default_products, quantize_blocks
 from jquant.ptq.preflight import Estimate, estimate
 from jquant.ptq.recipe import Recipe, assign
 from jquant.ptq.workdir import open_workdir
@@ -140,6 +140,7 @@ def _definition(
         "calibration": text,
         "batch": batch,
         "dtype": dtype,
+        "products": default_products(),
         "mesh": mesh_text(mesh),
         "processes": jax.process_count(),
         "jax": jax.__version__,

@@ -20,6 +20,7 @@ import tests.runtime_types  # noqa: F401  the hook finds it by name
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 MAPS = 30_000  # at which compiled programs are dropped
 jax.config.update("jax_num_cpu_devices", 8)
+os.environ.setdefault("JQUANT_PRODUCTS", "float32")  # on every CPU, or tests of what layers read would need to know
 for name, value in {
     "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)),
     "jax_persistent_cache_min_compile_time_secs": 0,

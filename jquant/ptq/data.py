@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from jquant.nn.capture import Arguments
+from jquant.nn.surgery import Path
 from jquant.ptq.activations import Store
 
 
@@ -19,3 +20,4 @@ class Data:
     arguments: Callable[[int], Arguments]
     mask: Callable[[int], jax.Array | None]  # True for positions that count; None: all do
     store: Store
+    narrow: tuple[Path, ...] = ()  # layers whose factors are rounded to bfloat16 (nn/capture.py), and their statistics

@@ -9,10 +9,11 @@ block is a point to go on from.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 
 from jquant.core.errors import InputError
 from jquant.io.freed_memory import return_freed_memory
-from jquant.kernels.dispatch import quick_compilation
+from jquant.kernels.dispatch import cpu_multiplies_bfloat16, quick_compilation
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
 from jquant.nn.matrices import layer_shapes
@@ -40,6 +41,7 @@ from jquant.ptq.source import ModelSource, Source
 from jquant.ptq.workdir import Workdir
 
 EMBEDDING = "embed"
+Products = Literal["float32", "bfloat16"]
 _STATES = "states"  # key of what enters the block at hand
 
 
@@ -69,6 +71,7 @@ class _Run:
     mesh: Mesh | None
     workdir: Workdir | None
     needs_data: bool
+    products: Products
     ahead: Ahead
 
 
@@ -82,6 +85,7 @@ def quantize_model(
     workdir: Workdir | None = None,
     store: Store | None = None,
     progress: Listener | None = None,
+    products: Products | None = None,
 ) -> tuple[Any, Coverage]:
     """Quantizes a model in place.
 
@@ -96,6 +100,11 @@ def quantize_model(
         workdir: keeps finished parts, so that a killed run goes on (ptq/workdir.py).
         store: of activations; by default in memory.
         progress: hears of every finished block.
+        products: what the factors of products are rounded to, and of Gram matrices, while calibration data go through
+            float32 blocks of a decoder; sums, and all between products, are float32 either way. By default bfloat16 on
+            a CPU that has instructions for it, where they take half the time, and float32 elsewhere, unless
+            JQUANT_PRODUCTS says. SmolLM2's perplexities are the same to GPTQ's noise: of int4 41.4 and 41.2 from two
+            calibration sets in float32, 40.9 and 41.0 in bfloat16.
 
     Returns:
         The model, its layers replaced by packed ones, and the coverage report.
@@ -121,6 +130,7 @@ def quantize_model(
         store=store,
         progress=progress,
         put_back=put_back,
+        products=products,
     )
     return model, coverage
 
@@ -137,6 +147,7 @@ def quantize_blocks(
     store: Store | None = None,
     progress: Listener | None = None,
     put_back: Callable[[int, nnx.Module], None] | None = None,
+    products: Products | None = None,
 ) -> Coverage:
     """Quantizes a decoder whose blocks come from `source`; finished ones go to `workdir` and to `put_back`.
 
@@ -159,7 +170,8 @@ def quantize_blocks(
         mesh=mesh,
         workdir=workdir,
         needs_data=needs_data,
-        ahead=Ahead(enabled=False if mesh is not None else None),
+        products=default_products() if products is None else _checked(products),
+        ahead=Ahead(enabled=mesh is None),
     )
     layers: list[LayerReport] = []
     transforms: list[TransformReport] = []
@@ -191,6 +203,18 @@ def quantize_blocks(
     left = tuple(path for path in shapes if path not in rules)
     seconds = time.perf_counter() - started
     return Coverage(layers=tuple(layers), transforms=tuple(transforms), left_alone=left, seconds=seconds)
+
+
+def default_products() -> Products:
+    """What factors of products are rounded to here, unless JQUANT_PRODUCTS says; it decides the bits of the result."""
+    chosen = os.environ.get("JQUANT_PRODUCTS", "auto")
+    return ("bfloat16" if cpu_multiplies_bfloat16() else "float32") if chosen == "auto" else _checked(chosen)
+
+
+def _checked(products: str) -> Products:
+    if products not in get_args(Products):
+        raise InputError(f"products of {products!r}: there are {', '.join(get_args(Products))}")
+    return cast("Products", products)
 
 
 def check_rules(rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...]], has_data: bool) -> None:
@@ -231,7 +255,7 @@ def _one_block(run: _Run, block: nnx.Module, index: int, source: Source, after_s
     """Quantizes a block, leaves it packed, and puts what it gives where the next one looks."""
     prefix = f"blocks.{index}."
     rules = {path.removeprefix(prefix): rule for path, rule in run.rules.items() if path.startswith(prefix)}
-    data = _data(run, lambda state: (state, run.contexts[index])) if run.needs_data else None
+    data = _data(run, lambda state: (state, run.contexts[index]), rules) if run.needs_data else None
     solved = Solved({}, [], [])
     if run.mesh is not None:
         place_module(block, run.mesh, prefix=prefix)
@@ -262,7 +286,7 @@ def _one_block(run: _Run, block: nnx.Module, index: int, source: Source, after_s
 def _outer(run: _Run, model: Any) -> Solved:
     """Quantizes embedding and output projection, where rules name them."""
     rules = {path.removeprefix("head."): rule for path, rule in run.rules.items() if path.startswith("head.")}
-    data = _data(run, lambda state: (state,)) if run.needs_data else None
+    data = _data(run, lambda state: (state,), rules) if run.needs_data else None
     solved = Solved({}, [], [])
     if run.mesh is not None:
         place_module(model.embed, run.mesh, prefix="embed.")
@@ -292,7 +316,7 @@ def _quantize_embedding(embedding: Any, rule: Rule) -> LayerReport:
     check_finite(weight, EMBEDDING)
     solution = solve(weight, None, scheme(rule.scheme or ""), rule)
     embedding.weight = Quantized(solution.qtensor)
-    return weight_report(EMBEDDING, rule, weight, solution, None, time.perf_counter() - started)
+    return weight_report(EMBEDDING, rule, weight, solution, None)(time.perf_counter() - started)
 
 
 def _record(module: nnx.Module, solved: Solved, prefix: str) -> dict[str, Any]:
@@ -361,13 +385,14 @@ def _load_states(run: _Run, source: Source, index: int) -> None:
         run.store.put(_STATES, batch, value)
 
 
-def _data(run: _Run, arguments: Callable[[Any], tuple[Any, ...]]) -> Data:
+def _data(run: _Run, arguments: Callable[[Any], tuple[Any, ...]], rules: Mapping[Path, Rule]) -> Data:
     assert run.batches is not None
     return Data(
         count=len(run.batches),
         arguments=lambda batch: arguments(run.store.get(_STATES, batch)),
         mask=lambda batch: None if run.masks is None else spread_batch(jnp.asarray(run.masks[batch]), run.mesh),
         store=run.store,
+        narrow=tuple(rules) if run.products == "bfloat16" else (),
     )
 
 
