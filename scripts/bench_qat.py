@@ -10,7 +10,7 @@ are interleaved, so that the machine's noise falls on all of them; the ratio is 
 with jax 0.10.2 and qwix 0.1.8.
 
 Measured on two cores of a CPU (EPYC, plain step 0.51 s; of minima, as others used the machine; qwix in parentheses):
-int4:g128 0.81 (0.97), its LSQ 0.93, nf4:g64 0.79 (1.00), W8A8 per channel and token 0.84 (0.95), W8A8 tiled 0.86 (1.23),
+int4:g128 0.81 (0.97), LSQ 0.93, nf4:g64 0.79 (1.00), W8A8 per channel and token 0.84 (0.95), W8A8 tiled 0.86 (1.23),
 nvfp4 0.79. Below 1 because our layer's gradient of a weight is not JAX's (nn/product.py): with it the plain step takes
 0.77, and of that W8A8 tiled is 1.11.
 """
