@@ -115,15 +115,19 @@ def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments
         InputError: a path names no module, or one that is not called.
     """
     graphdef, state = nnx.split(module)
-    groups: dict[tuple[int, ...], list[Path]] = {}
+    groups = _input_groups.eval_shape(graphdef, tuple(paths), state, arguments)
+    return tuple(tuple(path for one in group for path in one) for group in groups)
 
-    def trace(state: nnx.State, arguments: Arguments) -> None:
-        tape = _record(graphdef, state, paths, arguments, {})[1]
-        for path, calls in tape.items():
-            groups.setdefault(tuple(id(call[0]) for call in calls), []).append(path)
 
-    jax.eval_shape(trace, state, arguments)
-    return tuple(map(tuple, groups.values()))
+@partial(jax.jit, static_argnums=(0, 1))  # never run: modules of equal structure are traced once
+def _input_groups(
+    graphdef: nnx.GraphDef, paths: tuple[Path, ...], state: nnx.State, arguments: Arguments
+) -> list[list[dict[Path, tuple[()]]]]:
+    """The groups in the structure of the result, which holds no array."""
+    groups: dict[tuple[int, ...], list[dict[Path, tuple[()]]]] = {}
+    for path, calls in _record(graphdef, state, paths, arguments, {})[1].items():
+        groups.setdefault(tuple(id(call[0]) for call in calls), []).append({path: ()})
+    return list(groups.values())
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
