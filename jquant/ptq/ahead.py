@@ -26,6 +26,7 @@ from jquant.ptq import layer_programs
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
+from jquant.ptq.source import share
 from jquant.ptq.transforms import configured
 
 Stage = Literal["capture", "gram", "solve", "output"]
@@ -77,7 +78,8 @@ def _traced(
     """The programs of each stage, in the order in which they are needed."""
     replay: dict[Path, Any] = {}
     packed: dict[Path, nnx.Module] = {}
-    block = nnx.merge(*nnx.split(block))  # of its own, with the same arrays
+    block = share(block)
+    variables = jax.tree.leaves(nnx.state(block), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     for group in groups:
         captured = traced_capture(block, group[:1], data.arguments(0), replay=replay, narrow=data.narrow)
         yield ("capture", group[0]), [captured]
@@ -92,6 +94,8 @@ def _traced(
             if weight is not None and rules[path].activation is None:
                 packed[path] = nnx.eval_shape(packed_layer, layer, weight)
     yield ("output", ""), [traced_output(block, data.arguments(0), replay=replay, narrow=data.narrow)]
+    for variable in variables:  # `nnx.merge` leaves a cycle, which would keep their arrays for the collector
+        variable.set_value(None)
 
 
 def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
