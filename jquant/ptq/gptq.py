@@ -35,8 +35,9 @@ from jquant.core.scheme import Scheme
 from jquant.kernels import dispatch
 from jquant.kernels.gptq_block import Block, fits, round_block
 from jquant.ptq.cholesky import inverse_upper
+from jquant.ptq.gptq_columns import Columns, alive, columns_of, ordered, within
 from jquant.ptq.gptq_factor import Factor, GPTQConfig, factorize, traced_factorization
-from jquant.ptq.gptq_ranges import Columns, Parameters, Plan, alive, choose, columns_of
+from jquant.ptq.gptq_ranges import Parameters, Plan, choose
 from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
@@ -118,7 +119,7 @@ def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way:
     importance = jnp.pad(factor.diagonal, (0, width - columns))[order]
     plan = Plan(scheme, group, config, way)
     problem = _Problem(
-        columns=_ordered(w, order, importance, plan),
+        columns=ordered(w, order, importance, turned=way != "jnp"),
         halves=halves,
         root=jnp.pad(factor.root, (0, width - columns)),
         place=(order if config.act_order == "static" else jnp.arange(width)) // group,
@@ -234,7 +235,7 @@ def _round_columns(
         inner = problem
         if here is None:
             columns = problem.columns(at, size)
-            inner = problem._replace(columns=_within(columns, at))
+            inner = problem._replace(columns=within(columns, at))
         else:
             columns = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
         columns = columns + _compensation(problem, done.errors, start, index * size, size, plan)
@@ -275,24 +276,6 @@ def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, pl
     )
     found = round_block(block, plan.scheme.element, interpret=plan.way == "interpret")
     return _Part(found.errors, found.codes), state._replace(loss=state.loss + found.loss)
-
-
-def _ordered(w: Array, order: Array, importance: Array, plan: Plan) -> Columns:
-    """Columns of W in order, 0 where the input is dead, and where there is none."""
-    turned = w.astype(jnp.float32).T if plan.way != "jnp" else None
-
-    def some(at: Array | int, size: int) -> Array:
-        chosen, here = (jax.lax.dynamic_slice_in_dim(each, at, size) for each in (order, importance))
-        if turned is not None:  # a GPU reads rows that stand side by side faster than it could gather columns
-            return alive(turned.at[chosen].get(mode="clip"), here)
-        return alive(w.at[:, chosen].get(mode="clip").T.astype(jnp.float32), here)
-
-    return some
-
-
-def _within(columns: Array, start: Array | int) -> Columns:
-    """Those of a part that begins at `start`, which stand side by side: so each is gathered once."""
-    return lambda at, size: jax.lax.dynamic_slice_in_dim(columns, at - start, size)
 
 
 def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int, plan: Plan) -> Array:

@@ -5,7 +5,6 @@ Reference: as gptq.py, which says when a group's parameters are chosen and from 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,13 +16,10 @@ from jquant.core.qtensor import choose_parameters
 from jquant.core.range_search import RangeSearch, scheme_of_search, search_parameters
 from jquant.core.scheme import Scheme
 from jquant.kernels import dispatch, range_search
+from jquant.ptq.gptq_columns import Columns, alive
 from jquant.ptq.gptq_factor import GPTQConfig
 
 _TILES = 8192  # whose ranges are searched side by side: what is made of them stays in the cache
-
-# From the one at a place on so many columns of a matrix [out, in]: [n, out] float32. What reads them a few at a time
-# needs no turned copy of the matrix.
-Columns = Callable[[Array | int, int], Array]
 
 
 class Parameters(NamedTuple):
@@ -41,21 +37,6 @@ class Plan(NamedTuple):
     group: int
     config: GPTQConfig
     way: dispatch.Way
-
-
-def columns_of(matrix: Array, *, axis: int) -> Columns:
-    """Of a matrix whose columns run along `axis`: 1 of [out, in], 0 of one that is turned."""
-
-    def some(begin: Array | int, size: int) -> Array:
-        found = jax.lax.dynamic_slice_in_dim(matrix, begin, size, axis=axis)
-        return (found.T if axis else found).astype(jnp.float32)
-
-    return some
-
-
-def alive(columns: Array, importance: Array) -> Array:
-    """Columns [n, out], 0 where the input was: where they are read, or all would be copied once more."""
-    return jnp.where(importance[:, None] == 0, 0.0, columns)
 
 
 def choose(columns: Columns, importance: Array, group: int, outer: Array | None, plan: Plan) -> Parameters:

@@ -25,7 +25,6 @@ from jquant.io.freed_memory import return_freed_memory
 from jquant.kernels.dispatch import quick_compilation
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
-from jquant.nn.matrices import layer_shapes
 from jquant.nn.placement import batch_sharding, copied, place_module, spread_batch
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
@@ -38,6 +37,7 @@ from jquant.ptq.recipe import Recipe, Rule, assign
 from jquant.ptq.rule_check import EMBEDDING, check_rules
 from jquant.ptq.solver import check_finite
 from jquant.ptq.source import ModelSource, Source
+from jquant.ptq.whole_module import quantize_whole
 from jquant.ptq.workdir import Workdir
 
 _STATES = "states"  # key of what enters the block at hand
@@ -115,7 +115,7 @@ def quantize_model(
     if not all(hasattr(model, part) for part in ("embed", "blocks", "head")):
         if products != "float32":
             raise InputError(f"products of {products}: only layers of a decoder multiply in it; leave it at float32")
-        return model, _quantize_whole(model, recipe, batches, masks, mesh, store)
+        return model, quantize_whole(model, recipe, batches, masks, mesh, store)
     decoder = cast(CausalLM, model)
 
     def put_back(index: int, block: nnx.Module) -> None:
@@ -189,14 +189,8 @@ def quantize_blocks(
             if put_back is not None:
                 _restore(source, workdir, part, index, found["activations"], put_back, mesh)
         else:
-            if run.needs_data and ready != index:
-                _load_states(run, source, index)
-            module = source.block(index) if index < source.depth else source.outer()
-            tidy = return_freed_memory if ready < 0 else _nothing
-            solved = _one_block(run, module, index, source, tidy) if index < source.depth else _outer(run, module)
-            reports, rewritten, ready = solved.reports, solved.transforms, index + 1
-            if put_back is not None and index < source.depth:
-                put_back(index, module)
+            reports, rewritten = _quantize_part(run, source, index, ready, put_back)
+            ready = index + 1
         layers += reports
         transforms += rewritten
         if progress is not None:
@@ -206,6 +200,23 @@ def quantize_blocks(
     left = tuple(path for path in shapes if path not in rules)
     seconds = time.perf_counter() - started
     return Coverage(layers=tuple(layers), transforms=tuple(transforms), left_alone=left, seconds=seconds)
+
+
+def _quantize_part(
+    run: _Run, source: Source, index: int, ready: int, put_back: Callable[[int, nnx.Module], None] | None
+) -> tuple[list[LayerReport], list[TransformReport]]:
+    """One block, or what is outside of them. A function of its own: no part waits for the next one to be let go."""
+    if run.needs_data and ready != index:
+        _load_states(run, source, index)
+    if index == source.depth:
+        solved = _outer(run, source.outer())
+    else:
+        module = source.block(index)
+        solved = _one_block(run, module, index, source, return_freed_memory if ready < 0 else _nothing)
+        if put_back is not None:
+            put_back(index, module)
+    return_freed_memory()
+    return solved.reports, solved.transforms
 
 
 def _nothing() -> None: ...
@@ -353,44 +364,4 @@ def _data(run: _Run, arguments: Callable[[Any], tuple[Any, ...]], rules: Mapping
         mask=lambda batch: None if run.masks is None else spread_batch(jnp.asarray(run.masks[batch]), run.mesh),
         store=run.store,
         narrow=tuple(rules) if run.products == "bfloat16" else (),
-    )
-
-
-def _quantize_whole(
-    model: nnx.Module,
-    recipe: Recipe,
-    batches: Sequence[Any] | None,
-    masks: Sequence[Any] | None,
-    mesh: Mesh | None,
-    store: Store,
-) -> Coverage:
-    """A module that is no decoder, as one block."""
-    started = time.perf_counter()
-    shapes = layer_shapes(model)
-    rules = assign(recipe, list(shapes))
-    check_rules(rules, shapes, batches is not None)
-    data = None
-    if any(map(rule_needs_data, rules.values())):
-        assert batches is not None
-        given = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-        if not given:
-            raise InputError("the recipe's methods learn from data: give at least one calibration batch")
-        data = Data(
-            count=len(given),
-            arguments=lambda batch: spread_batch(given[batch], mesh),
-            mask=lambda batch: None if masks is None else spread_batch(jnp.asarray(masks[batch]), mesh),
-            store=store,
-        )
-    if mesh is not None:
-        place_module(model, mesh)
-    solved = quantize_block(model, rules, data)
-    for path in solved.layers:
-        store.drop(path)
-    replace(model, solved.layers)
-    left = tuple(path for path in shapes if path not in rules)
-    return Coverage(
-        layers=tuple(solved.reports),
-        transforms=tuple(solved.transforms),
-        left_alone=left,
-        seconds=time.perf_counter() - started,
     )

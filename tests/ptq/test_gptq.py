@@ -290,7 +290,7 @@ def test_a_wide_layer_is_solved_in_the_memory_of_its_gram_matrix() -> None:
         found, solved = (each.lower().compile().memory_analysis() for each in (factorizing, solving))
         assert found.alias_size_in_bytes == 4 * columns**2
         assert found.temp_size_in_bytes < 4 * columns**2 / 2
-        assert solved.temp_size_in_bytes < 3.5 * 4 * rows * columns
+        assert solved.temp_size_in_bytes < 2.5 * 4 * rows * columns
 
 
 def _abstract(*shape: int) -> Any:
