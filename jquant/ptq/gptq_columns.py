@@ -19,8 +19,8 @@ def columns_of(matrix: Array, *, axis: int) -> Columns:
     """Of a matrix whose columns run along `axis`: 1 of [out, in], 0 of one that is turned."""
 
     def some(begin: Array | int, size: int) -> Array:
-        found = jax.lax.dynamic_slice_in_dim(matrix, begin, size, axis=axis)
-        return (found.T if axis else found).astype(jnp.float32)
+        found = jax.lax.dynamic_slice_in_dim(matrix, begin, size, axis=axis).astype(jnp.float32)
+        return found.T if axis else found
 
     return some
 

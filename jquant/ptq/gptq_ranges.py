@@ -84,6 +84,8 @@ def _choose_together(
 ) -> Parameters:
     scheme, rows = scheme_of_search(plan.scheme), columns.shape[1]
     tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
+    if plan.way == "jnp":  # once: every try reads them, and the weight's rows lie far apart
+        tiles = jax.lax.optimization_barrier(tiles)
     if plan.config.range == "minmax":
         return _by_groups(choose_parameters(tiles, scheme, outer=outer))
     weights = importance.reshape(1, 1, -1, group) if plan.config.range == "output" else None
