@@ -68,6 +68,8 @@ def choose(columns: Columns, importance: Array, group: int, outer: Array | None,
     def some(begin: Array | int, count: int) -> Parameters:
         weights = jax.lax.dynamic_slice_in_dim(importance, begin * group, count * group)
         values = alive(columns(begin * group, count * group), weights)
+        if plan.way == "jnp":  # turned once, and not by every try that reads them
+            values = jax.lax.optimization_barrier(values)
         return _choose_together(values, weights, group, tile_rows, outer, plan)
 
     whole = groups // together
@@ -84,8 +86,6 @@ def _choose_together(
 ) -> Parameters:
     scheme, rows = scheme_of_search(plan.scheme), columns.shape[1]
     tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
-    if plan.way == "jnp":  # once: every try reads them, and the weight's rows lie far apart
-        tiles = jax.lax.optimization_barrier(tiles)
     if plan.config.range == "minmax":
         return _by_groups(choose_parameters(tiles, scheme, outer=outer))
     weights = importance.reshape(1, 1, -1, group) if plan.config.range == "output" else None
