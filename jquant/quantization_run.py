@@ -52,7 +52,7 @@ def quantize_checkpoint(
     """Quantizes a checkpoint into a new native one.
 
     Until it is done everything lies in `.NAME.unfinished` beside `out`; the same call goes on from there, to the same
-    bits. Memory holds two blocks, of GPTQ two and a half, and the activations unless they spill.
+    bits. Memory holds two blocks and the activations unless they spill.
 
     Args:
         checkpoint: of float weights.

@@ -41,7 +41,7 @@ class QuantizeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations, and of the tensors that stay unquantized."""
     products: Literal["float32", "bfloat16"] = "float32"
-    """Of calibration: bfloat16 rounds their factors, and takes half the time on CPUs that have instructions for it."""
+    """Of calibration: bfloat16 rounds their factors, which is faster on CPUs that have instructions for it."""
     spill: bool = False
     """Keep activations on disk: for models whose activations do not fit in memory."""
     mesh: str = ""

@@ -42,6 +42,7 @@ from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
 _BLOCKS = 8  # of columns that a kernel rounds, between products with all that was lost before
+_GATHERED = 4  # parts whose columns are gathered from W together: each time most of its memory is passed over
 _SPAN = 512  # errors that go into one product; those of longer stretches are summed
 
 
@@ -229,13 +230,11 @@ def _round_columns(
     """
     size, *smaller = levels
 
-    def one_part(index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
+    def one_part(inner: _Problem, index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
         done, state = carry
         at = start + index * size
-        inner = problem
         if here is None:
-            columns = problem.columns(at, size)
-            inner = problem._replace(columns=within(columns, at))
+            columns = inner.columns(at, size)
         else:
             columns = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
         columns = columns + _compensation(problem, done.errors, start, index * size, size, plan)
@@ -252,7 +251,18 @@ def _round_columns(
 
     shape = (length, state.loss.shape[1])
     nothing = _Part(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.uint8))
-    return jax.lax.fori_loop(0, length // size, one_part, (nothing, state))
+    parts = length // size
+    if here is not None:
+        return jax.lax.fori_loop(0, parts, partial(one_part, problem), (nothing, state))
+    together = _divisor(parts, _GATHERED)
+
+    def one_stretch(index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
+        begin = index * together
+        own = problem.columns(start + begin * size, together * size)
+        inner = problem._replace(columns=within(own, start + begin * size))
+        return jax.lax.fori_loop(begin, begin + together, partial(one_part, inner), carry)
+
+    return jax.lax.fori_loop(0, parts // together, one_stretch, (nothing, state))
 
 
 def _in_one_kernel(size: int, plan: Plan) -> bool:
