@@ -25,9 +25,11 @@ from jquant.models.stream import StreamedModel
 from jquant.nn.mesh import mesh_text
 from jquant.ptq.activations import InMemory, OnDisk
 from jquant.ptq.coverage import Coverage
-from jquant.ptq.pipeline import Event, check_rules, quantize_blocks
+from jquant.ptq.data import Products
+from jquant.ptq.pipeline import Event, quantize_blocks
 from jquant.ptq.preflight import Estimate, estimate
 from jquant.ptq.recipe import Recipe, assign
+from jquant.ptq.rule_check import check_rules
 from jquant.ptq.workdir import open_workdir
 
 NUMERICS = 7  # raised when a change moves bits: an unfinished run of another value is not gone on with
@@ -41,6 +43,7 @@ def quantize_checkpoint(
     calibration: Windows | None = None,
     batch: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    products: Products = "float32",
     spill: bool = False,
     mesh: Mesh | None = None,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
@@ -49,7 +52,7 @@ def quantize_checkpoint(
     """Quantizes a checkpoint into a new native one.
 
     Until it is done everything lies in `.NAME.unfinished` beside `out`; the same call goes on from there, to the same
-    bits. Memory holds two blocks, of GPTQ two and a half, and the activations unless they spill.
+    bits. Memory holds two blocks and the activations unless they spill.
 
     Args:
         checkpoint: of float weights.
@@ -58,6 +61,8 @@ def quantize_checkpoint(
         calibration: windows of text; None where no rule needs data.
         batch: windows a forward pass.
         dtype: of activations and of the tensors that stay unquantized.
+        products: of calibration, as in `quantize_model`. CPUs and GPUs sum products of bfloat16 in orders of their own,
+            as those of float32, which may turn a code over.
         spill: activations go to files in the unfinished folder.
         mesh: devices to spread the work over, as in `quantize_model`. Sums come in another order on another mesh and
             with other processes, which may turn a code over: a run goes on with the same alone.
@@ -76,7 +81,7 @@ def quantize_checkpoint(
     if calibration is not None:
         check_length(checkpoint.config, calibration.window)
         batches = in_batches(calibration.tokens, batch)
-    definition = _definition(checkpoint, recipe, calibration, batch, dtype, mesh)
+    definition = _definition(checkpoint, recipe, calibration, batch, dtype, products, mesh)
     with open_workdir(out.parent / f".{out.name}.unfinished", definition) as workdir:
         if workdir.is_complete:  # an earlier run was stopped on its last step
             workdir.publish(out)
@@ -88,7 +93,14 @@ def quantize_checkpoint(
         store = OnDisk(workdir.path) if spill else InMemory()
         try:
             coverage = quantize_blocks(
-                source, recipe, batches, workdir=workdir, store=store, mesh=mesh, progress=progress
+                source,
+                recipe,
+                batches,
+                workdir=workdir,
+                store=store,
+                mesh=mesh,
+                progress=progress,
+                products=products,
             )
         finally:
             if isinstance(store, OnDisk):
@@ -98,6 +110,7 @@ def quantize_checkpoint(
             "source_sha256": definition["source_sha256"],
             "recipe": recipe.as_json(),
             "calibration": definition["calibration"],
+            "products": products,
             "mesh": definition["mesh"],
             "jquant": __version__,
             "jax": jax.__version__,
@@ -121,7 +134,13 @@ def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
 
 
 def _definition(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: Windows | None, batch: int, dtype: str, mesh: Mesh | None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Windows | None,
+    batch: int,
+    dtype: str,
+    products: Products,
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
     """Everything that decides the bits of the result."""
     text = None
@@ -140,6 +159,7 @@ def _definition(
         "calibration": text,
         "batch": batch,
         "dtype": dtype,
+        "products": products,
         "mesh": mesh_text(mesh),
         "processes": jax.process_count(),
         "jax": jax.__version__,

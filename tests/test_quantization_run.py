@@ -59,6 +59,7 @@ def test_the_folder_loads_back_to_what_was_quantized(source: Path, tmp_path: Pat
     provenance = json.loads((tmp_path / "q" / native.DESCRIPTION).read_text())["provenance"]
     assert Recipe.from_json(provenance["recipe"], "") == RECIPE
     assert provenance["calibration"]["text"] == "pydoc:calibration"
+    assert provenance["products"] == "float32"
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
     assert np.asarray(model(tokens) - tiny_model()(tokens)).std() > 0
 
@@ -88,6 +89,16 @@ def test_activations_on_disk_change_no_bit(source: Path, tmp_path: Path) -> None
     _run(source, tmp_path / "a")
     _run(source, tmp_path / "b", spill=True)
     assert native.open_native(tmp_path / "a").sha256 == native.open_native(tmp_path / "b").sha256
+
+
+def test_products_of_bfloat16_are_another_result_and_the_folder_says_so(source: Path, tmp_path: Path) -> None:
+    words = ["--scheme", "int4:g32", "--method", "gptq", "--calibration-windows", "2", "--window", "32"]
+    for products in ("float32", "bfloat16"):
+        out = tmp_path / products
+        assert main(["quantize", str(source), *words, "--products", products, "--out", str(out)]) == 0
+        assert json.loads((out / native.DESCRIPTION).read_text())["provenance"]["products"] == products
+    wide, narrow = (json.loads((tmp_path / name / "coverage.json").read_text()) for name in ("float32", "bfloat16"))
+    assert [layer["error"] for layer in wide["layers"]] != [layer["error"] for layer in narrow["layers"]]
 
 
 def test_schemes_of_inputs_come_back(source: Path, tmp_path: Path) -> None:
@@ -139,6 +150,8 @@ def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"unfinished: holds an unfinished run with another batch \(1 there, 2 here\)"):
         _run(source, tmp_path / "q", batch=2)
+    with pytest.raises(InputError, match=r'with another products \("float32" there, "bfloat16" here\)'):
+        _run(source, tmp_path / "q", products="bfloat16")
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(

@@ -61,10 +61,10 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
 
 
 def test_nor_does_that_of_a_method_that_learns_from_data(tmp_path: Path) -> None:
-    """GPTQ: three blocks and the activations, beyond what the runtime and the programs take; at 6 blocks as at 2.
+    """GPTQ: two blocks and the activations, beyond what the runtime and the programs take; at 6 blocks as at 2.
 
     The widest layer's Gram matrix weighs a block. Its factor is made in the same memory, when of the block's weights a
-    quarter and what is packed are left; the solution takes two thirds of a block more. Runtime and programs are those
+    quarter and what is packed are left; the solution takes 0.4 of a block more. Runtime and programs are those
     of half the width, whose programs are as many and as long. Compiling them takes 100 MB for a while, in the first
     block: here that was done before.
     """
@@ -78,5 +78,5 @@ def test_nor_does_that_of_a_method_that_learns_from_data(tmp_path: Path) -> None
     activations = 4 * WINDOWS * WINDOW * 8 * HIDDEN  # what enters a block, and each of its groups of layers
     for layers in (2, 6):
         grown = peaks[layers, HIDDEN] - peaks[2, HIDDEN // 2]
-        assert grown < 3 * (BLOCK - block_bytes(HIDDEN // 2)) + activations / 2
-    assert peaks[6, HIDDEN] < peaks[2, HIDDEN] + BLOCK / 2  # of four more
+        assert grown < 2 * (BLOCK - block_bytes(HIDDEN // 2)) + activations / 2
+    assert peaks[6, HIDDEN] < peaks[2, HIDDEN] + BLOCK / 4  # of four more

@@ -93,20 +93,25 @@ def update_grouped(state: GramState, x: Float[Array, "rows in"], counts: Int[Arr
 
 def _add_products(products: Float[Array, "in in"], rows: Float[Array, "rows in"]) -> Float[Array, "in in"]:
     """Adds xᵀx on and above the diagonal: in four parts 5/8 of the multiplications."""
-    dim = rows.shape[1]
-    if dim < _WORTH_STRIPS:
-        return products + _product(rows, rows)
-    if dim < _WORTH_TILES:
-        return _add_strips(products, rows)
-    return jax.lax.platform_dependent(products, rows, cpu=_add_tiles, default=_add_strips)
+    if rows.shape[1] >= _WORTH_TILES:
+        return jax.lax.platform_dependent(products, rows, cpu=_add_tiles, default=_add_strips)
+    if rows.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(products, rows, cpu=_add_turned_products, default=_add_strips)
+    return _add_strips(products, rows)
 
 
-def _add_strips(products: Array, rows: Array) -> Array:
+def _add_turned_products(products: Array, rows: Array) -> Array:
+    """With xᵀ in memory: only of rows by columns has a CPU fast products of bfloat16 (2.7 times those of columns)."""
+    return _add_strips(products, rows, jax.lax.optimization_barrier(rows.T))
+
+
+def _add_strips(products: Array, rows: Array, turned: Array | None = None) -> Array:
     """By strips that begin at the diagonal. XLA on CPU makes all of them before it adds the first."""
     dim = rows.shape[1]
-    tile = -(-dim // _STRIPS)
+    tile = -(-dim // _STRIPS) if dim >= _WORTH_STRIPS else dim
     for begin in range(0, dim, tile):
-        strip = _product(rows[:, begin : begin + tile], rows[:, begin:])
+        left = rows[:, begin : begin + tile] if turned is None else turned[begin : begin + tile]
+        strip = _product(left, rows[:, begin:], "ri,rj->ij" if turned is None else "ir,rj->ij")
         products = products.at[begin : begin + tile, begin:].add(strip)
     return products
 
@@ -118,7 +123,8 @@ def _add_tiles(products: Array, rows: Array) -> Array:
 
     def one(products: Array, place: Array) -> tuple[Array, None]:
         begins = jnp.minimum(place * tile, dim - tile)  # the last may begin earlier, and leaves out what is another's
-        found = _product(*(jax.lax.dynamic_slice_in_dim(rows, begin, tile, axis=1) for begin in begins))
+        left, right = (jax.lax.dynamic_slice_in_dim(rows, begin, tile, axis=1) for begin in begins)
+        found = _product(left, right)
         row, column = (begins[:, None] + jnp.arange(tile) >= place[:, None] * tile)[:, :, None]
         found += jax.lax.dynamic_slice(products, begins, found.shape)
         found = jnp.where(row & column.T, found, jax.lax.dynamic_slice(products, begins, found.shape))
@@ -128,8 +134,8 @@ def _add_tiles(products: Array, rows: Array) -> Array:
     return jax.lax.scan(one, products, jnp.asarray(places))[0]
 
 
-def _product(left: Array, right: Array) -> Array:
-    return jnp.einsum("ri,rj->ij", left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def _product(left: Array, right: Array, equation: str = "ri,rj->ij") -> Array:
+    return jnp.einsum(equation, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def merge(*states: GramState) -> GramState:
@@ -145,13 +151,16 @@ def finalize(state: GramState) -> Gram:
 
 def check(gram: Gram, what: str) -> None:
     """Raises InputError naming `what` where the data cannot serve: no rows, NaN or infinite, or all zero."""
-    if not bool(_is_finite(gram.matrix)):
-        reason = "no rows were seen" if not bool(jnp.all(gram.rows > 0)) else "activations hold a NaN or an infinity"
+    finite, seen, live = _usable(gram)
+    if not bool(finite):
+        reason = "no rows were seen" if not bool(seen) else "activations hold a NaN or an infinity"
         raise InputError(f"{what}: {reason}; give calibration text that the model handles")
-    if not bool(jnp.any(jnp.diagonal(gram.matrix, axis1=-2, axis2=-1) > 0)):
+    if not bool(live):
         raise InputError(f"{what}: all activations are zero; no method can learn from them")
 
 
 @jax.jit
-def _is_finite(matrix: Array) -> Array:
-    return jnp.all(jnp.isfinite(matrix))
+def _usable(gram: Gram) -> tuple[Array, Array, Array]:
+    """Whether all is finite, rows were seen, and any input was other than 0."""
+    live = jnp.any(jnp.diagonal(gram.matrix, axis1=-2, axis2=-1) > 0)
+    return jnp.all(jnp.isfinite(gram.matrix)), jnp.all(gram.rows > 0), live

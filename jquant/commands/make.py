@@ -57,6 +57,7 @@ def quantize_command(config: QuantizeConfig) -> None:
             calibration=windows,
             batch=default_batch(config.batch, mesh),
             dtype=config.dtype,
+            products=config.products,
             spill=config.spill,
             mesh=mesh,
             on_estimate=lambda estimate: new_console(stderr=True).print(f"[dim]{estimate}[/dim]", highlight=False),

@@ -10,15 +10,18 @@ through a block layer after layer costs one pass instead of one for every layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
+from jax.typing import DTypeLike
 
 from jquant.core.errors import InputError
+from jquant.nn.linear import Linear
 from jquant.nn.surgery import Path, module_at, replace
 
 Arguments = tuple[Any, ...]  # arrays and pytrees that a module is called with
@@ -26,7 +29,12 @@ Inputs = Mapping[Path, tuple[Arguments, ...]]  # of each captured module what it
 
 
 def capture(
-    module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs | None = None
+    module: nnx.Module,
+    paths: Sequence[Path],
+    arguments: Arguments,
+    *,
+    replay: Inputs | None = None,
+    narrow: Sequence[Path] = (),
 ) -> dict[Path, tuple[Arguments, ...]]:
     """Runs the module as far as needed and returns what the modules at `paths` are called with.
 
@@ -35,30 +43,46 @@ def capture(
         paths: dotted, within the module.
         arguments: of the call.
         replay: inputs that some modules take in place of those that the call would give them.
+        narrow: linear layers (`Linear`) that round both factors of their product to bfloat16 where it is of float32;
+            its sums, and what it gives, stay float32.
 
     Raises:
         InputError: a path names no module, or one that is not called.
     """
+    return capturing(module, paths, narrow=narrow)(arguments, replay or {})
+
+
+def capturing(
+    module: nnx.Module, paths: Sequence[Path], *, narrow: Sequence[Path] = ()
+) -> Callable[[Arguments, Inputs], dict[Path, tuple[Arguments, ...]]]:
+    """`capture` of many arguments: the module, as it is now, is taken apart once, which takes longer than a call."""
     graphdef, state = nnx.split(module)
-    return _capture(graphdef, tuple(paths), state, arguments, dict(replay or {}))
+    return lambda arguments, replay: _capture(graphdef, tuple(paths), tuple(narrow), state, arguments, dict(replay))
 
 
 def replay_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -> Any:
     """module(*arguments) where the modules that `replay` names take their inputs from there."""
+    return replaying(module)(arguments, replay)
+
+
+def replaying(module: nnx.Module, *, narrow: Sequence[Path] = ()) -> Callable[[Arguments, Inputs], Any]:
+    """`replay_output` of many arguments, as `capturing`."""
     graphdef, state = nnx.split(module)
-    return _replay_output(graphdef, state, arguments, dict(replay))
+    return lambda arguments, replay: _replay_output(graphdef, tuple(narrow), state, arguments, dict(replay))
 
 
-def traced_capture(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs) -> Any:
+def traced_capture(
+    module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs, narrow: Sequence[Path] = ()
+) -> Any:
     """The program of `capture`, to be compiled beforehand; what is replayed may be abstract."""
     graphdef, state = nnx.split(module)
-    return _capture.trace(graphdef, tuple(paths), state, arguments, dict(replay))
+    return _capture.trace(graphdef, tuple(paths), tuple(narrow), state, arguments, dict(replay))
 
 
-def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -> Any:
+def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs, narrow: Sequence[Path] = ()) -> Any:
     """That of `replay_output`."""
     graphdef, state = nnx.split(module)
-    return _replay_output.trace(graphdef, state, arguments, dict(replay))
+    return _replay_output.trace(graphdef, tuple(narrow), state, arguments, dict(replay))
 
 
 def unread(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs) -> tuple[Path, ...]:
@@ -67,7 +91,7 @@ def unread(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, r
     Nothing is computed. Modules, arguments and replayed inputs may be abstract.
     """
     graphdef, state = nnx.split(module)
-    jaxpr = _replay_output.trace(graphdef, state, arguments, dict(replay)).jaxpr.jaxpr
+    jaxpr = _replay_output.trace(graphdef, (), state, arguments, dict(replay)).jaxpr.jaxpr
     read = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
     for equation in reversed(jaxpr.eqns):
         if not read.isdisjoint(equation.outvars):
@@ -91,34 +115,43 @@ def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments
         InputError: a path names no module, or one that is not called.
     """
     graphdef, state = nnx.split(module)
-    groups: dict[tuple[int, ...], list[Path]] = {}
-
-    def trace(state: nnx.State, arguments: Arguments) -> None:
-        tape = _record(graphdef, state, paths, arguments, {})[1]
-        for path, calls in tape.items():
-            groups.setdefault(tuple(id(call[0]) for call in calls), []).append(path)
-
-    jax.eval_shape(trace, state, arguments)
-    return tuple(map(tuple, groups.values()))
+    groups = _input_groups.eval_shape(graphdef, tuple(paths), state, arguments)
+    return tuple(tuple(path for one in group for path in one) for group in groups)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1))  # never run: modules of equal structure are traced once
+def _input_groups(
+    graphdef: nnx.GraphDef, paths: tuple[Path, ...], state: nnx.State, arguments: Arguments
+) -> list[list[dict[Path, tuple[()]]]]:
+    """The groups in the structure of the result, which holds no array."""
+    groups: dict[tuple[int, ...], list[dict[Path, tuple[()]]]] = {}
+    for path, calls in _record(graphdef, state, paths, arguments, {})[1].items():
+        groups.setdefault(tuple(id(call[0]) for call in calls), []).append({path: ()})
+    return list(groups.values())
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _capture(
     graphdef: nnx.GraphDef,
     paths: tuple[Path, ...],
+    narrow: tuple[Path, ...],
     state: nnx.State,
     arguments: Arguments,
     replay: dict[Path, tuple[Arguments, ...]],
 ) -> dict[Path, tuple[Arguments, ...]]:
-    tape = _record(graphdef, state, paths, arguments, replay)[1]
+    tape = _record(graphdef, state, paths, arguments, replay, narrow)[1]
     return {path: tuple(tape[path]) for path in paths}
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _replay_output(
-    graphdef: nnx.GraphDef, state: nnx.State, arguments: Arguments, replay: dict[Path, tuple[Arguments, ...]]
+    graphdef: nnx.GraphDef,
+    narrow: tuple[Path, ...],
+    state: nnx.State,
+    arguments: Arguments,
+    replay: dict[Path, tuple[Arguments, ...]],
 ) -> Any:
-    return _record(graphdef, state, (), arguments, replay)[0]
+    return _record(graphdef, state, (), arguments, replay, narrow)[0]
 
 
 def _record(
@@ -127,9 +160,12 @@ def _record(
     paths: Sequence[Path],
     arguments: Arguments,
     replay: Mapping[Path, tuple[Arguments, ...]],
+    narrow: Sequence[Path] = (),
 ) -> tuple[Any, dict[Path, list[Arguments]]]:
     """Output and calls, under a trace: the module is a fresh one, so taps may stand in it."""
     module, tape = nnx.merge(graphdef, state), _Tape(replay)
+    linear = {path: layer for path in narrow if isinstance(layer := module_at(module, path), Linear)}
+    replace(module, {path: _Narrow(layer) for path, layer in linear.items()})
     taps = {path: _Tap(module_at(module, path), path, tape) for path in dict.fromkeys((*paths, *replay))}
     # Inner modules first: a path through a replaced parent would lead into the tap.
     for path in sorted(taps, key=lambda path: -path.count(".")):
@@ -154,6 +190,18 @@ class _Tape:
         calls = self.calls.setdefault(path, [])
         calls.append(arguments)
         return self.replay[path][len(calls) - 1] if path in self.replay else arguments
+
+
+class _Narrow(nnx.Module):
+    """A linear layer in float32 whose product has factors of bfloat16."""
+
+    def __init__(self, layer: Linear) -> None:
+        self.layer = layer
+
+    def __call__(self, x: jax.Array, *, dtype: DTypeLike | None = None) -> jax.Array:
+        if x.dtype != jnp.float32:
+            return self.layer(x, dtype=dtype)
+        return self.layer(x.astype(jnp.bfloat16), dtype=jnp.float32 if dtype is None else dtype)
 
 
 class _Tap(nnx.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,8 +25,10 @@ STATIC = ("input_scale", "input_zero_point")
 
 def tensors_of(module: nnx.Module, *, prefix: str = "") -> dict[Path, Any]:
     """Every weight by its path, packed ones packed, shared ones once."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.RngState)))
-    return {prefix + ".".join(map(str, path)): variable.get_value() for path, variable in flat}
+    # Not by `nnx.to_flat_state`: a cycle in it keeps the variables, and what is put into them later, for the collector.
+    state = nnx.split(module, nnx.Not(nnx.RngState), ...)[1]
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return {prefix + ".".join(str(key.key) for key in path): variable.get_value() for path, variable in leaves}
 
 
 def activations_of(module: nnx.Module, *, prefix: str = "") -> dict[Path, str]:

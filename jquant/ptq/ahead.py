@@ -1,12 +1,14 @@
-"""Compiles the programs of a block at once, beside its first captures, where the host has cores to spare.
+"""Compiles the programs of a block at once, beside its first captures.
 
 One after another, each when first needed, they took an H100's host 35 s for a model of Llama 3 8B's shape, and the
-GPU waited. What runs is as without this: a program that is ready is found where `jax.jit` looks for it.
+GPU waited; on two cores of a CPU they took 13 s for a small one, and one core waited. What runs is as without this: a
+program that is ready is found where `jax.jit` looks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
@@ -16,7 +18,6 @@ from flax import nnx
 from jquant.calib.gram import Gram, GramState
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme as parse_scheme
-from jquant.kernels.dispatch import on_cpu
 from jquant.nn.capture import traced_capture, traced_output, unread
 from jquant.nn.linear import ExpertLinear
 from jquant.nn.matrices import input_rows, packed_layer, weight_matrix
@@ -25,6 +26,7 @@ from jquant.ptq import layer_programs
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
+from jquant.ptq.source import share
 from jquant.ptq.transforms import configured
 
 Stage = Literal["capture", "gram", "solve", "output"]
@@ -34,9 +36,8 @@ _THREADS = 8
 class Ahead:
     """Compiles for the first block it is shown; later ones of equal structure find the programs."""
 
-    def __init__(self, *, enabled: bool | None = None) -> None:
-        """By default not on CPU, whose cores have the captures to compute."""
-        self._enabled = not on_cpu() if enabled is None else enabled
+    def __init__(self, *, enabled: bool = True) -> None:
+        self._enabled = enabled
         self._pending: dict[tuple[Stage, Path], list[Future[Any]]] = {}
 
     def start(
@@ -55,51 +56,58 @@ class Ahead:
         """Until the programs of a stage are ready: the one who calls would only compile them again."""
         wait(self._pending.pop((stage, path), ()))  # what failed here fails there, where it is understood
 
-    def _compile(self, traced: Mapping[tuple[Stage, Path], Sequence[Any]]) -> None:
-        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile")
+    def _compile(self, traced: Iterable[tuple[tuple[Stage, Path], Sequence[Any]]]) -> None:
+        executor = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="compile")
         known: dict[Any, Future[Any]] = {}  # by jaxpr: layers of equal shape share programs
-        for key, programs in traced.items():
-            futures = []
-            for program in programs:
-                name = (program.fun_name, id(program.jaxpr.jaxpr))
-                if name not in known:
-                    known[name] = executor.submit(lambda program=program: program.lower().compile() and None)
-                futures.append(known[name])
-            self._pending[key] = futures
-        executor.shutdown(wait=False)
+        try:
+            for key, programs in traced:
+                futures = []
+                for program in programs:
+                    name = (program.fun_name, id(program.jaxpr.jaxpr))
+                    if name not in known:
+                        known[name] = executor.submit(lambda program=program: program.lower().compile() and None)
+                    futures.append(known[name])
+                self._pending[key] = futures
+        finally:
+            executor.shutdown(wait=False)
 
 
 def _traced(
     block: nnx.Module, groups: Sequence[Sequence[Path]], rules: Mapping[Path, Rule], data: Data
-) -> dict[tuple[Stage, Path], list[Any]]:
-    """The programs of each stage."""
-    traced: dict[tuple[Stage, Path], list[Any]] = {}
+) -> Iterator[tuple[tuple[Stage, Path], list[Any]]]:
+    """The programs of each stage, in the order in which they are needed."""
     replay: dict[Path, Any] = {}
     packed: dict[Path, nnx.Module] = {}
-    block = nnx.merge(*nnx.split(block))  # of its own, with the same arrays
+    block = share(block)
+    variables = jax.tree.leaves(nnx.state(block), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     for group in groups:
-        captured = traced_capture(block, group[:1], data.arguments(0), replay=replay)
-        traced["capture", group[0]] = [captured]
+        captured = traced_capture(block, group[:1], data.arguments(0), replay=replay, narrow=data.narrow)
+        yield ("capture", group[0]), [captured]
         calls = captured.out_info[group[0]]
         replay |= dict.fromkeys(group, calls)
         replace(block, {path: packed[path] for path in unread(block, tuple(packed), data.arguments(0), replay=replay)})
-        traced["gram", group[0]] = _of_gram(module_at(block, group[0]), calls, data.mask(0))
+        yield ("gram", group[0]), _of_gram(module_at(block, group[0]), calls, data)
         for path in group:
             layer = module_at(block, path)
-            traced["solve", path], weight = _of_solver(layer, rules[path])
+            programs, weight = _of_solver(layer, rules[path])
+            yield ("solve", path), programs
             if weight is not None and rules[path].activation is None:
                 packed[path] = nnx.eval_shape(packed_layer, layer, weight)
-    traced["output", ""] = [traced_output(block, data.arguments(0), replay=replay)]
-    return traced
+    yield ("output", ""), [traced_output(block, data.arguments(0), replay=replay, narrow=data.narrow)]
+    for variable in variables:  # `nnx.merge` leaves a cycle, which would keep their arrays for the collector
+        variable.set_value(None)
 
 
-def _of_gram(layer: nnx.Module, calls: Sequence[Any], mask: Any) -> list[Any]:
+def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
     if isinstance(layer, ExpertLinear):
         return []
     rows = jax.eval_shape(lambda x: input_rows(layer, x), calls[0][0])
     size = rows.shape[-1]
     state = GramState(_float32(size, size), _float32())
-    return [layer_programs.update.trace(state, rows, mask), layer_programs.finalize.trace(state)]
+    return [
+        layer_programs.update.trace(state, rows, data.mask(0), dtype="bfloat16" if data.narrow else None),
+        layer_programs.finalize.trace(state),
+    ]
 
 
 def _of_solver(layer: nnx.Module, rule: Rule) -> tuple[list[Any], QTensor | None]:

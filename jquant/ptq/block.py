@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jquant.calib import gram
@@ -25,7 +26,7 @@ from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.scheme import scheme as parse_scheme
-from jquant.nn.capture import Arguments, capture, input_groups, replay_output, unread
+from jquant.nn.capture import Arguments, capturing, input_groups, replaying, unread
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weight_matrix
 from jquant.nn.protocol import Equivalence
@@ -39,6 +40,8 @@ from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule, Step
 from jquant.ptq.solver import Solution, check_finite
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
+
+_SIDE_BY_SIDE = 2048  # inputs up to which layers of a group are solved so: their memory adds up
 
 
 class Solved(NamedTuple):
@@ -84,7 +87,8 @@ def quantize_block(
         ahead.start(block, groups, rules, data)
     replayed: list[Path] = []
     packed: dict[Path, nnx.Module] = {}
-    reports: list[LayerReport] = []
+    pending: list[Callable[[float], LayerReport]] = []
+    seconds: list[float] = []
     for group in groups:
         started = time.perf_counter()
         statistics = None
@@ -96,18 +100,28 @@ def quantize_block(
             ahead.wait("gram", group[0])
             statistics = _gram(block, group, data, prefix)
         factors: dict[Step, Any] = {}
+        alone = statistics is not None and statistics.matrix.shape[-1] > _SIDE_BY_SIDE
         if statistics is not None:
             ahead.wait("solve", group[0])
             after_step()
             statistics = _factorized(block, group, rules, statistics, factors)
-        shared = (time.perf_counter() - started) / len(group)
+        solutions: list[Solution] = []
         for path in group:
             ahead.wait("solve", path)
-            layer, report = _solve_layer(block, path, rules[path], statistics, factors, data, prefix, shared)
-            packed[path] = layer
-            reports.append(report)
-            after_step()
-    return Solved(packed, reports, rewritten)
+            packed[path], solution, report = _solve_layer(
+                block, path, rules[path], statistics, factors, data, prefix, alone=alone
+            )
+            pending.append(report)
+            if alone:
+                jax.block_until_ready(solution)
+                after_step()
+            else:
+                solutions.append(solution)
+        # Only now: layers of one group are solved side by side where the device has room, as a CPU's cores are.
+        jax.block_until_ready(solutions)
+        after_step()
+        seconds += [(time.perf_counter() - started) / len(group)] * len(group)
+    return Solved(packed, [report(each) for report, each in zip(pending, seconds, strict=True)], rewritten)
 
 
 def block_outputs(block: nnx.Module, solved: Solved, data: Data, *, ahead: Ahead | None = None) -> Callable[[int], Any]:
@@ -115,11 +129,8 @@ def block_outputs(block: nnx.Module, solved: Solved, data: Data, *, ahead: Ahead
     paths = tuple(solved.layers)
     if ahead is not None:
         ahead.wait("output")
-
-    def output(batch: int) -> Any:
-        return replay_output(block, data.arguments(batch), replay=_inputs(data, paths, batch))
-
-    return output
+    run = replaying(block, narrow=data.narrow)
+    return lambda batch: run(data.arguments(batch), _inputs(data, paths, batch))
 
 
 def rule_needs_data(rule: Rule) -> bool:
@@ -152,9 +163,9 @@ def _transform(
 
 def _capture_inputs(block: nnx.Module, group: Sequence[Path], replayed: Sequence[Path], data: Data) -> None:
     """Puts the group's inputs into the store, once under each path."""
+    run = capturing(block, group[:1], narrow=data.narrow)
     for batch in range(data.count):
-        before = _inputs(data, replayed, batch)
-        calls = capture(block, group[:1], data.arguments(batch), replay=before)[group[0]]
+        calls = run(data.arguments(batch), _inputs(data, replayed, batch))[group[0]]
         for path in group:
             data.store.put(path, batch, calls)
 
@@ -183,7 +194,7 @@ def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> 
                 rows = input_rows(layer, call[0])
                 mask = _mask_of(data.mask(batch), rows, prefix + group[0])
                 state = gram.init(rows.shape[-1]) if state is None else state
-                state = layer_programs.update(state, rows, mask)
+                state = layer_programs.update(state, rows, mask, dtype="bfloat16" if data.narrow else None)
     assert state is not None, "input_groups refuses layers that are not called"
     found = layer_programs.finalize(state)
     gram.check(found, f"layer {prefix}{group[0]}")
@@ -223,10 +234,10 @@ def _solve_layer(
     factors: dict[Step, Any],
     data: Data | None,
     prefix: str,
-    seconds: float,
-) -> tuple[nnx.Module, LayerReport]:
-    """Solves one layer, puts the decoded weight into it, and reports."""
-    started = time.perf_counter()
+    *,
+    alone: bool,
+) -> tuple[nnx.Module, Solution, Callable[[float], LayerReport]]:
+    """Solves one layer and puts the decoded weight into it; the report is for later, it waits."""
     layer, scheme = module_at(block, path), parse_scheme(rule.scheme or "")
     weight = weight_matrix(layer)
     check_finite(weight, prefix + path)
@@ -235,36 +246,50 @@ def _solve_layer(
         module = _packed(layer, path, rule, solution.qtensor, data)
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
-    seconds += time.perf_counter() - started
-    report = weight_report(prefix + path, rule, weight, solution, statistics, seconds)
+    report = weight_report(prefix + path, rule, weight, solution, statistics, alone=alone)
     if rule.activation is None:  # after the report, which needs room for another weight
         set_weight_matrix(layer, layer_programs.decoded(solution.qtensor))
     else:
         replace(block, {path: module})
-    return module, report
+    return module, solution, report
 
 
 def weight_report(
-    path: Path, rule: Rule, weight: jax.Array, solution: Solution, statistics: Gram | OrderedGram | None, seconds: float
-) -> LayerReport:
-    """What a solution cost."""
+    path: Path,
+    rule: Rule,
+    weight: jax.Array,
+    solution: Solution,
+    statistics: Gram | OrderedGram | None,
+    *,
+    alone: bool = False,
+) -> Callable[[float], LayerReport]:
+    """What a solution cost: begins to compute it; the result, called with the seconds it took, waits for that.
+
+    `alone` waits already here, step by step, as each takes the room of a weight.
+    """
     scheme = solution.qtensor.scheme
-    rounding, error = layer_programs.errors(weight, solution.qtensor, scheme, statistics)
-    return LayerReport(
-        path=path,
-        method=rule.method.name,
-        scheme=str(scheme),
-        activation=rule.activation,
-        transforms=tuple(step.name for step in rule.transforms),
-        shape=tuple(weight.shape),
-        bits_per_weight=solution.qtensor.bits_per_weight,
-        on_data=statistics is not None,
-        rounding_error=float(rounding),
-        error=float(error),
-        damping=float(jnp.max(solution.damping)),
-        fallback=bool(jnp.any(solution.fallback)),
-        seconds=seconds,
-    )
+    rounding, error = layer_programs.errors(weight, solution.qtensor, scheme, statistics, alone=alone)
+    shape, bits = tuple(weight.shape), solution.qtensor.bits_per_weight
+    damping, fallback, on_data = solution.damping, solution.fallback, statistics is not None
+
+    def report(seconds: float) -> LayerReport:
+        return LayerReport(
+            path=path,
+            method=rule.method.name,
+            scheme=str(scheme),
+            activation=rule.activation,
+            transforms=tuple(step.name for step in rule.transforms),
+            shape=shape,
+            bits_per_weight=bits,
+            on_data=on_data,
+            rounding_error=float(rounding),
+            error=float(error),
+            damping=float(np.max(damping)),
+            fallback=bool(np.any(fallback)),
+            seconds=seconds,
+        )
+
+    return report
 
 
 def solve(

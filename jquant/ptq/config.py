@@ -40,6 +40,8 @@ class QuantizeConfig:
     """Windows a forward pass; by default 1 on CPU, 8 elsewhere."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations, and of the tensors that stay unquantized."""
+    products: Literal["float32", "bfloat16"] = "float32"
+    """Of calibration: bfloat16 rounds their factors, which is faster on CPUs that have instructions for it."""
     spill: bool = False
     """Keep activations on disk: for models whose activations do not fit in memory."""
     mesh: str = ""

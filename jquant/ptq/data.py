@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 
 from jquant.nn.capture import Arguments
+from jquant.nn.surgery import Path
 from jquant.ptq.activations import Store
+
+Products = Literal["float32", "bfloat16"]  # what the factors of products are rounded to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +23,4 @@ class Data:
     arguments: Callable[[int], Arguments]
     mask: Callable[[int], jax.Array | None]  # True for positions that count; None: all do
     store: Store
+    narrow: tuple[Path, ...] = ()  # layers whose factors are rounded to bfloat16 (nn/capture.py), and their statistics

@@ -29,19 +29,20 @@ from jquant.core import packing
 from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int as IntElement
-from jquant.core.qtensor import Parameters, QTensor, choose_parameters
-from jquant.core.range_search import RangeSearch, scheme_of_search, search_parameters
+from jquant.core.qtensor import QTensor
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
-from jquant.kernels import dispatch, range_search
+from jquant.kernels import dispatch
 from jquant.kernels.gptq_block import Block, fits, round_block
 from jquant.ptq.cholesky import inverse_upper
+from jquant.ptq.gptq_columns import Columns, alive, columns_of, ordered, within
 from jquant.ptq.gptq_factor import Factor, GPTQConfig, factorize, traced_factorization
+from jquant.ptq.gptq_ranges import Parameters, Plan, choose
 from jquant.ptq.solver import Solution
 
 _INNER = 16  # columns of the innermost part, which are compensated for each other one by one
 _BLOCKS = 8  # of columns that a kernel rounds, between products with all that was lost before
-_TILES = 8192  # whose ranges are searched side by side: what is made of them stays in the cache
+_GATHERED = 4  # parts whose columns are gathered from W together: each time most of its memory is passed over
 _SPAN = 512  # errors that go into one product; those of longer stretches are summed
 
 
@@ -83,14 +84,6 @@ def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[A
     return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way())]
 
 
-class _Parameters(NamedTuple):
-    """Of all groups, filled in as groups are reached."""
-
-    target: Array  # [groups, row tiles] float32, the scale before it is rounded to the scheme's format
-    scale: Array  # [groups, row tiles] what is divided by
-    zero: Array  # [groups, row tiles]
-
-
 class _Part(NamedTuple):
     """Columns side by side, in order: what became of them, and 0 where none has been rounded yet."""
 
@@ -99,15 +92,14 @@ class _Part(NamedTuple):
 
 
 class _State(NamedTuple):
-    parameters: _Parameters
+    parameters: Parameters
     loss: Array  # [1, out] Σ (w̃ − q)²·R_ii²
 
 
 class _Problem(NamedTuple):
     """What stays the same while columns are rounded."""
 
-    weight: Array  # [columns, out], also of dead inputs
-    order: Array  # of columns
+    columns: Columns  # of W in order, as they were, 0 where the input is dead
     halves: Array  # `Factor.halves`, of columns in order, as all below
     root: Array
     place: Array  # the group of each column
@@ -116,43 +108,35 @@ class _Problem(NamedTuple):
     settle: Array | None  # [groups, group, group] inverses of R_ki / R_ii inside groups; see `_open_group`
 
 
-class _Plan(NamedTuple):
-    """What is static while columns are rounded."""
-
-    scheme: Scheme
-    group: int
-    config: GPTQConfig
-    way: dispatch.Way
-
-
 def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
     rows, columns = w.shape
     group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
     levels = _levels(group, columns, config, way)
     width = -(-columns // levels[0]) * levels[0]
-    turned = w.astype(jnp.float32).T
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
     halves = factor.halves
     if width > columns:  # else it would be copied for nothing
         halves = jnp.pad(halves, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
+    importance = jnp.pad(factor.diagonal, (0, width - columns))[order]
+    plan = Plan(scheme, group, config, way)
     problem = _Problem(
-        weight=jnp.pad(turned, ((0, width - columns), (0, 0))),
-        order=order,
+        columns=ordered(w, order, importance, turned=way != "jnp"),
         halves=halves,
         root=jnp.pad(factor.root, (0, width - columns)),
         place=(order if config.act_order == "static" else jnp.arange(width)) // group,
-        outer=outer_scale(scheme.scale, _alive(turned, factor.diagonal), scheme.element),
-        importance=jnp.pad(factor.diagonal, (0, width - columns))[order],
+        outer=outer_scale(scheme.scale, alive(w.astype(jnp.float32).T, factor.diagonal), scheme.element),
+        importance=importance,
         settle=None if config.act_order == "static" or group == width else inverse_upper(_shares(halves, group)),
     )
     tile_rows = scheme.granularity.tile(rows, columns)[0]
-    ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
-    state = _State(_Parameters(ones, ones, jnp.zeros_like(ones)), jnp.zeros((1, rows), jnp.float32))
-    plan = _Plan(scheme, group, config, way)
     if config.act_order == "static":
-        whole = jnp.pad(turned, ((0, -columns % group), (0, 0)))
-        importance = jnp.pad(factor.diagonal, (0, -columns % group))
-        state = state._replace(parameters=_choose(whole, importance, group, problem.outer, plan))
+        whole = jnp.pad(w, ((0, 0), (0, -columns % group)))
+        seen = jnp.pad(factor.diagonal, (0, -columns % group))
+        parameters = choose(columns_of(whole, axis=1), seen, group, problem.outer, plan)
+    else:
+        ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
+        parameters = Parameters(ones, ones, jnp.zeros_like(ones))
+    state = _State(parameters, jnp.zeros((1, rows), jnp.float32))
     if way == "jnp":
         part, state = _round_columns(problem, state, None, 0, width, levels, plan)
     else:
@@ -214,13 +198,13 @@ def _divisor(size: int, limit: int) -> int:
 
 
 def _round_spans(
-    problem: _Problem, state: _State, width: int, levels: tuple[int, ...], plan: _Plan
+    problem: _Problem, state: _State, width: int, levels: tuple[int, ...], plan: Plan
 ) -> tuple[_Part, _State]:
     """`_round_columns` of all, part after part in the program: each knows how many columns are done before it."""
     size, *smaller = levels
     parts: list[_Part] = []
     for at in range(0, width, size):
-        columns = _columns(problem, jnp.int32(at), size)
+        columns = problem.columns(jnp.int32(at), size)
         if parts:
             lost = jnp.concatenate([part.errors for part in parts])
             columns += jnp.matmul(problem.halves[at : at + size, :at], lost, precision=_precision(plan))
@@ -238,7 +222,7 @@ def _round_columns(
     start: Array | int,
     length: int,
     levels: tuple[int, ...],
-    plan: _Plan,
+    plan: Plan,
 ) -> tuple[_Part, _State]:
     """Rounds `length` columns from `start` on, in parts of levels[0].
 
@@ -246,41 +230,52 @@ def _round_columns(
     """
     size, *smaller = levels
 
-    def one_part(index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
+    def one_part(inner: _Problem, index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
         done, state = carry
         at = start + index * size
         if here is None:
-            columns = _columns(problem, at, size)
+            columns = inner.columns(at, size)
         else:
             columns = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
         columns = columns + _compensation(problem, done.errors, start, index * size, size, plan)
         if size == plan.group and plan.config.act_order != "static":
-            state = _open_group(problem, state, columns, at, plan)
+            state = _open_group(inner, state, columns, at, plan)
         if _in_one_kernel(size, plan):
-            found, state = _round_block(problem, state, columns, at, plan)
+            found, state = _round_block(inner, state, columns, at, plan)
         elif smaller:
-            found, state = _round_columns(problem, state, columns, at, size, tuple(smaller), plan)
+            found, state = _round_columns(inner, state, columns, at, size, tuple(smaller), plan)
         else:
-            found, state = _round_column(problem, state, columns, at, plan.scheme)
+            found, state = _round_column(inner, state, columns, at, plan.scheme)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * size, axis=0)
         return _Part(put(done.errors, found.errors), put(done.codes, found.codes)), state
 
-    shape = (length, problem.weight.shape[1])
+    shape = (length, state.loss.shape[1])
     nothing = _Part(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.uint8))
-    return jax.lax.fori_loop(0, length // size, one_part, (nothing, state))
+    parts = length // size
+    if here is not None:
+        return jax.lax.fori_loop(0, parts, partial(one_part, problem), (nothing, state))
+    together = _divisor(parts, _GATHERED)
+
+    def one_stretch(index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
+        begin = index * together
+        own = problem.columns(start + begin * size, together * size)
+        inner = problem._replace(columns=within(own, start + begin * size))
+        return jax.lax.fori_loop(begin, begin + together, partial(one_part, inner), carry)
+
+    return jax.lax.fori_loop(0, parts // together, one_stretch, (nothing, state))
 
 
-def _in_one_kernel(size: int, plan: _Plan) -> bool:
+def _in_one_kernel(size: int, plan: Plan) -> bool:
     """Whether so many columns, whose parameters are known, are rounded by a kernel."""
     known = plan.config.act_order == "static" or size <= plan.group
     return plan.way != "jnp" and known and size <= plan.config.block and fits(plan.scheme.element, size)
 
 
-def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, plan: _Plan) -> tuple[_Part, _State]:
+def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, plan: Plan) -> tuple[_Part, _State]:
     size, rows = columns.shape
     places = jax.lax.dynamic_slice_in_dim(problem.place, at, size)
     scale, zero = (_of_rows(each[places], rows) for each in state.parameters[1:])
-    weight = _columns(problem, at, size)
+    weight = problem.columns(at, size)
     block = Block(
         columns=columns,
         weight=weight,
@@ -293,18 +288,7 @@ def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, pl
     return _Part(found.errors, found.codes), state._replace(loss=state.loss + found.loss)
 
 
-def _columns(problem: _Problem, at: Array, size: int) -> Array:
-    """So many columns of W in order, from the one at `at` on; [size, out]."""
-    chosen, importance = (jax.lax.dynamic_slice_in_dim(each, at, size) for each in (problem.order, problem.importance))
-    return _alive(problem.weight.at[chosen].get(mode="promise_in_bounds"), importance)
-
-
-def _alive(columns: Array, importance: Array) -> Array:
-    """Columns [n, out], 0 where the input was: where they are read, or all would be copied once more."""
-    return jnp.where(importance[:, None] == 0, 0.0, columns)
-
-
-def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int, plan: _Plan) -> Array:
+def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int, plan: Plan) -> Array:
     """What `errors` of the columns from `start` on leave to the `size` columns after the `done` first; [size, out].
 
     The errors of columns not rounded yet are 0, so slices need no exact end: what else they hold, as H, does not count.
@@ -327,7 +311,7 @@ def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Ar
     )
 
 
-def _precision(plan: _Plan) -> jax.lax.PrecisionLike:
+def _precision(plan: Plan) -> jax.lax.PrecisionLike:
     """On a GPU three products of TF32 are as exact as one of float32, and faster (2e-7 either, H100)."""
     return (
         jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
@@ -344,7 +328,7 @@ def _round_column(problem: _Problem, state: _State, column: Array, at: Array, sc
     )
     code, value = _round(column, scale, zero, scheme)
     lost = (column - value) * problem.root[at]
-    part = _Part(_columns(problem, at, 1) - value, code)
+    part = _Part(problem.columns(at, 1) - value, code)
     return part, state._replace(loss=state.loss + lost * lost)
 
 
@@ -365,7 +349,7 @@ def _of_rows(per_tile: Array, rows: int) -> Array:
     return per_tile if tile == 1 else jnp.repeat(per_tile, tile, axis=1)[:, :rows]
 
 
-def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, plan: _Plan) -> _State:
+def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, plan: Plan) -> _State:
     """Chooses the parameters of the group that begins at `at`; `columns` are compensated for all before it.
 
     Each of them for itself, that is: w_j + c_j, c_j = Σ_{k<at} (w_k − q_k)·R_kj / R_jj. The weights that are best while
@@ -375,72 +359,20 @@ def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, pla
     size, index = len(columns), at // len(columns)
     importance = jax.lax.dynamic_slice_in_dim(problem.importance, at, size)
     if problem.settle is not None:
-        weight = _columns(problem, at, size)
+        weight = problem.columns(at, size)
         moves = jnp.matmul(problem.settle[index].T, columns - weight, precision=jax.lax.Precision.HIGHEST)
         columns = weight + moves
-    found = _choose(columns, importance, size, problem.outer, plan)
+    found = choose(columns_of(columns, axis=0), importance, size, problem.outer, plan)
     parameters = (
         jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0)
         for whole, part in zip(state.parameters, found, strict=True)
     )
-    return state._replace(parameters=_Parameters(*parameters))
-
-
-def _choose(columns: Array, importance: Array, group: int, outer: Array | None, plan: _Plan) -> _Parameters:
-    """Of whole groups of columns [groups · group, out]; on CPU a few groups at a time."""
-    rows, groups = columns.shape[1], len(columns) // group
-    tile_rows = plan.scheme.granularity.tile(rows, group)[0]
-    known = plan.config.range != "minmax" and plan.way != "jnp"
-    if known and range_search.fits(plan.scheme, group, tile_rows):
-        found = range_search.search_parameters(
-            _alive(columns, importance),
-            group,
-            plan.scheme,
-            importance=importance if plan.config.range == "output" else None,
-            config=_search(plan),
-            interpret=plan.way == "interpret",
-        )
-        return _by_groups(found)
-    together = groups if plan.way != "jnp" else min(groups, -(-_TILES // -(-rows // tile_rows)))
-
-    def some(begin: Array | int, count: int) -> _Parameters:
-        values, weights = (
-            jax.lax.dynamic_slice_in_dim(each, begin * group, count * group) for each in (columns, importance)
-        )
-        return _choose_together(_alive(values, weights), weights, group, tile_rows, outer, plan)
-
-    whole = groups // together
-    _, found = jax.lax.scan(lambda _, index: (None, some(index * together, together)), None, jnp.arange(whole))
-    found = jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), found)
-    if whole * together == groups:
-        return found
-    rest = some(whole * together, groups - whole * together)
-    return jax.tree.map(lambda *each: jnp.concatenate(each), found, rest)
-
-
-def _choose_together(
-    columns: Array, importance: Array, group: int, tile_rows: int, outer: Array | None, plan: _Plan
-) -> _Parameters:
-    scheme, rows = scheme_of_search(plan.scheme), columns.shape[1]
-    tiles = jnp.pad(columns.T, ((0, -rows % tile_rows), (0, 0))).reshape(-1, tile_rows, len(columns) // group, group)
-    if plan.config.range == "minmax":
-        return _by_groups(choose_parameters(tiles, scheme, outer=outer))
-    weights = importance.reshape(1, 1, -1, group) if plan.config.range == "output" else None
-    return _by_groups(search_parameters(tiles, scheme, outer=outer, importance=weights, config=_search(plan)))
-
-
-def _search(plan: _Plan) -> RangeSearch:
-    return RangeSearch(exponent=2.0) if plan.config.range == "output" else RangeSearch()
-
-
-def _by_groups(found: Parameters) -> _Parameters:
-    zero = jnp.zeros_like(found.scale) if found.zero_point is None else found.zero_point
-    return _Parameters(found.target.T, found.scale.T, zero.T)
+    return state._replace(parameters=Parameters(*parameters))
 
 
 def _assemble(
     codes: Array,
-    parameters: _Parameters,
+    parameters: Parameters,
     scheme: Scheme,
     shape: tuple[int, int],
     outer: Array | None,

@@ -9,13 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from jquant.calib import gram
-from jquant.calib.gram import Gram, OrderedGram
+from jquant.calib.gram import Gram, GramState, OrderedGram
 from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import Scheme
 from jquant.core.symmetric import square
 from jquant.kernels.dispatch import WITHOUT_TRITON_GEMM
 
-update = jax.jit(gram.update, donate_argnums=0)
+
+@partial(jax.jit, donate_argnums=0, static_argnames="dtype")
+def update(state: GramState, rows: jax.Array, mask: jax.Array | None, dtype: str | None = None) -> GramState:
+    """`gram.update`, of rows rounded to `dtype` first where one is given."""
+    return gram.update(state, rows if dtype is None else rows.astype(dtype), mask)
+
+
 finalize = jax.jit(gram.finalize, donate_argnums=0)
 
 
@@ -26,19 +32,24 @@ def decoded(q: QTensor) -> jax.Array:
 
 
 def errors(
-    weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | OrderedGram | None
+    weight: jax.Array,
+    value: QTensor,
+    scheme: Scheme,
+    statistics: Gram | OrderedGram | None,
+    *,
+    alone: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Squared and relative, of rounding to nearest and of the solution, over a whole stack: see `LayerReport`.
 
     In small programs, one product in the last: together they took a GPU's compiler ten seconds a shape, and the memory
-    of six matrices. Each waits for those before it, whose operands would stay as long as it does.
+    of six matrices. `alone`, each waits for those before it, whose operands would stay as long as it does.
     """
+    ready = jax.block_until_ready if alone else lambda x: x
     order = _order(statistics)
-    jax.block_until_ready(value)
-    size = jax.block_until_ready(_squares(_difference(weight, None, order), statistics))
-    size = jnp.where(size > 0, size, 1.0)
-    rounding = jax.block_until_ready(_squares(_difference(weight, _rounded(weight, scheme), order), statistics))
-    return rounding / size, _squares(_difference(weight, value, order), statistics) / size
+    ready(value)
+    size = ready(_squares(_difference(weight, None, order), statistics))
+    rounding = ready(_squares(_difference(weight, _rounded(weight, scheme), order), statistics))
+    return ready(_relative(rounding, _squares(_difference(weight, value, order), statistics), size))
 
 
 @partial(jax.jit, static_argnames="scheme")
@@ -56,6 +67,7 @@ def _difference(weight: jax.Array, value: QTensor | None, order: jax.Array | Non
 
 @partial(jax.jit, compiler_options=WITHOUT_TRITON_GEMM)
 def _squares(error: jax.Array, statistics: Gram | OrderedGram | None) -> jax.Array:
+    """tr(E·H·Eᵀ)"""
     if statistics is None:
         return jnp.sum(error * error)
     if isinstance(statistics, OrderedGram):
@@ -68,6 +80,12 @@ def _squares(error: jax.Array, statistics: Gram | OrderedGram | None) -> jax.Arr
 
 def _order(statistics: Gram | OrderedGram | None) -> jax.Array | None:
     return statistics.order if isinstance(statistics, OrderedGram) else None
+
+
+@jax.jit
+def _relative(rounding: jax.Array, error: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    size = jnp.where(size > 0, size, 1.0)
+    return rounding / size, error / size
 
 
 def traced_report(weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | OrderedGram) -> list[Any]:

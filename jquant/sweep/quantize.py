@@ -29,8 +29,8 @@ from jquant.ptq.block import solve
 from jquant.ptq.fold import fold_gram, weight_at
 from jquant.ptq.gptq import Factor
 from jquant.ptq.methods import SOLVERS
-from jquant.ptq.pipeline import check_rules
 from jquant.ptq.recipe import Step
+from jquant.ptq.rule_check import check_rules
 from jquant.ptq.solver import Solution
 from jquant.ptq.transforms import TRANSFORMS, configured
 from jquant.sweep.grid import ROUNDING, Point

@@ -41,9 +41,11 @@ def test_bfloat16_products_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("dim", [511, 512, 577, 1030, 2050])
-def test_parts_of_wide_inputs_make_up_the_whole(dim: int) -> None:
-    x = np.random.default_rng(1).standard_normal((40, dim)).astype(np.float32)
-    found = gram.finalize(jax.jit(gram.update)(gram.init(dim), jnp.asarray(x)))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parts_of_wide_inputs_make_up_the_whole(dim: int, dtype: jnp.dtype) -> None:
+    narrow = jnp.asarray(np.random.default_rng(1).standard_normal((40, dim)), dtype)
+    found = gram.finalize(jax.jit(gram.update)(gram.init(dim), narrow))
+    x = np.asarray(narrow, np.float32)
     np.testing.assert_allclose(found.matrix, 2 / 40 * x.T.astype(np.float64) @ x.astype(np.float64), atol=2e-6)
     np.testing.assert_array_equal(found.matrix, found.matrix.T)
 

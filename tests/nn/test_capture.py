@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jquant.core.errors import InputError
-from jquant.nn.capture import capture, input_groups, replay_output, unread
+from jquant.nn.capture import capture, input_groups, replay_output, replaying, unread
 from jquant.nn.linear import Linear
 
 
@@ -64,6 +64,19 @@ def test_layers_that_lead_to_replayed_inputs_alone_are_not_read() -> None:
     assert unread(BLOCK, ("q", "v", "o"), CALL, replay={"o": found["o"]}) == ("q", "v")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (CALL, {"o": found["o"]}))
     assert unread(BLOCK, ("o", "k"), shapes[0], replay=shapes[1]) == ("k",)
+
+
+def test_narrow_layers_round_both_factors_and_nothing_else() -> None:
+    wide = capture(BLOCK, ("o",), CALL)["o"][0][0]
+    narrow = capture(BLOCK, ("o",), CALL, narrow=("v",))["o"][0][0]
+    x, weight = (each.astype(jnp.bfloat16).astype(jnp.float32) for each in (CALL[0], BLOCK.v.weight.get_value()))
+    assert narrow.dtype == jnp.float32
+    expected = jnp.tanh(BLOCK.q(CALL[0]) * BLOCK.k(CALL[0])) + x @ weight.T
+    np.testing.assert_allclose(narrow, expected, rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(narrow, wide)
+    captured = capture(BLOCK, ("q", "k", "v", "o"), CALL)
+    run = replaying(BLOCK, narrow=("o",))
+    np.testing.assert_allclose(run(CALL, captured), BLOCK(*CALL), rtol=0.02, atol=0.02)
 
 
 def test_bad_paths_are_named() -> None:

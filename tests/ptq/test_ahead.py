@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.ptq import ahead
 from jquant.ptq.pipeline import quantize_model
 from jquant.ptq.recipe import Recipe, Rule, Step
 from tests.tiny_checkpoint import tiny_model
@@ -28,13 +27,12 @@ WORKING = (
 )
 
 
-def test_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_compiled_twice(caplog: pytest.LogCaptureFixture) -> None:
     tokens = np.random.default_rng(0).integers(0, 60, (2, 2, 16)).astype(np.int32)
     method = Step("gptq", (("range", "minmax"),))
     recipe = Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme="int4:g32", method=method),))
     expected = quantize_model(tiny_model(layers=1), recipe, list(tokens))[1]
     jax.clear_caches()
-    monkeypatch.setattr(ahead, "on_cpu", lambda: False)
     with caplog.at_level(logging.DEBUG, logger="jax"), jax.log_compiles():
         found = quantize_model(tiny_model(layers=1), recipe, list(tokens))[1]
     compiled = [(r.message.split()[4], r.threadName) for r in caplog.records if "XLA compilation of jit" in r.message]
@@ -45,9 +43,8 @@ def test_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     assert [layer.error for layer in found.layers] == [layer.error for layer in expected.layers]
 
 
-def test_what_cannot_be_traced_is_refused_by_the_work_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_traced_is_refused_by_the_work_itself() -> None:
     """With the message that names the layer."""
-    monkeypatch.setattr(ahead, "on_cpu", lambda: False)
     recipe = Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme="int4:g32", method=Step("gptq", ())),))
     tokens, mask = np.zeros((2, 8), np.int32), np.ones((2, 7), bool)
     with pytest.raises(InputError, match=r"blocks\.0\.attn\.q_proj: a mask of \(2, 7\)"):

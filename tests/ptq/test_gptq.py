@@ -282,7 +282,7 @@ def test_the_matrix_outlives_a_failed_factorization() -> None:
 
 
 def test_a_wide_layer_is_solved_in_the_memory_of_its_gram_matrix() -> None:
-    """Beside matrix and weight: half a matrix for the factor, and three weights and a half for the solution."""
+    """Beside matrix and weight: half a matrix for the factor, and two weights and a half for the solution."""
     rows, columns = 1024, 2048
     known = gram.Gram(_abstract(columns, columns), _abstract())
     for config in (GPTQConfig(), GPTQConfig(act_order="none")):
@@ -290,7 +290,7 @@ def test_a_wide_layer_is_solved_in_the_memory_of_its_gram_matrix() -> None:
         found, solved = (each.lower().compile().memory_analysis() for each in (factorizing, solving))
         assert found.alias_size_in_bytes == 4 * columns**2
         assert found.temp_size_in_bytes < 4 * columns**2 / 2
-        assert solved.temp_size_in_bytes < 3.5 * 4 * rows * columns
+        assert solved.temp_size_in_bytes < 2.5 * 4 * rows * columns
 
 
 def _abstract(*shape: int) -> Any:

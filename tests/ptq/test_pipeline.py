@@ -68,6 +68,21 @@ def test_every_layer_is_solved_on_what_the_quantized_model_gives_it(quantized: t
         states = [apply(block, x, context[index]) for x in states]
 
 
+def test_products_of_bfloat16_cost_next_to_nothing(quantized: tuple[Any, Coverage]) -> None:
+    """Every layer loses as much of its output as with products of float32."""
+    found = quantize_model(tiny_model(), _plain(), BATCHES, products="bfloat16")[1]
+    for mine, its in zip(found.layers, quantized[1].layers, strict=True):
+        assert mine.error == pytest.approx(its.error, rel=0.15)  # codes turn over, either way
+        assert mine.error != its.error
+    mean, expected = (np.mean([layer.error for layer in each.layers]) for each in (found, quantized[1]))
+    assert mean == pytest.approx(expected, rel=0.03)
+    unknown: Any = "float16"
+    with pytest.raises(InputError, match=r"float16.*float32, bfloat16"):
+        quantize_model(tiny_model(), _plain(), BATCHES, products=unknown)
+    with pytest.raises(InputError, match="bfloat16: only layers of a decoder"):
+        quantize_model(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), _plain(), BATCHES, products="bfloat16")
+
+
 def test_coverage_says_what_was_done(quantized: tuple[Any, Coverage]) -> None:
     model, coverage = quantized
     assert [layer.path for layer in coverage.layers] == [f"blocks.{i}.{p}" for i in range(2) for g in GROUPS for p in g]

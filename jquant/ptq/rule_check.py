@@ -1,0 +1,47 @@
+"""What is refused before the work: rules that a layer, a method or the lack of data does not allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jquant.calib.gram import Gram
+from jquant.core.errors import InputError
+from jquant.core.scheme import scheme
+from jquant.nn.surgery import Path
+from jquant.ptq.block import rule_needs_data, solve
+from jquant.ptq.recipe import Rule
+
+EMBEDDING = "embed"
+
+
+def check_rules(rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...]], has_data: bool) -> None:
+    """Raises InputError naming layer and rule where one cannot be done; nothing is computed."""
+    seen: set[tuple[Rule, tuple[int, ...]]] = set()
+    for path, rule in rules.items():
+        if rule_needs_data(rule) and not has_data:
+            raise InputError(
+                f"layer {path}: {rule.method.name} and its transforms learn from data: give calibration text"
+            )
+        if path == EMBEDDING and (rule_needs_data(rule) or rule.activation):
+            raise InputError(f"layer {path}: an embedding has no input to learn from; use rtn, rtn-mse or hqq for it")
+        if (rule, shapes[path]) in seen:
+            continue
+        seen.add((rule, shapes[path]))
+        try:
+            abstract_solution(rule, shapes[path])
+        except InputError as error:
+            raise InputError(f"layer {path}: {error}") from error
+
+
+def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:
+    """The shapes of the rule's solution on a weight of this shape. Raises InputError where the method refuses it."""
+
+    def on_nothing() -> Any:
+        square = jnp.zeros((*shape[:-2], shape[-1], shape[-1]))
+        return solve(jnp.zeros(shape), Gram(square, jnp.zeros(shape[:-2])), scheme(rule.scheme or ""), rule)
+
+    return jax.eval_shape(on_nothing)
