@@ -141,7 +141,10 @@ def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way:
         part, state = _round_columns(problem, state, None, 0, width, levels, plan)
     else:
         part, state = _round_spans(problem, state, width, levels, plan)
-    codes = part.codes.at[jnp.argsort(order)].get(mode="promise_in_bounds").T[:, :columns]
+    codes = part.codes.at[jnp.argsort(order)].get(mode="promise_in_bounds")
+    if way == "kernel":  # in one kernel XLA would gather, turn and pack single bytes from far apart
+        codes = jax.lax.optimization_barrier(jax.lax.optimization_barrier(codes).T).T
+    codes = codes.T[:, :columns]
     groups = None
     if config.act_order == "dynamic" and group < columns:
         groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[:columns])
