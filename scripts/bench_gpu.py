@@ -8,39 +8,40 @@ Floors: bytes that must be moved over the bandwidth of a copy, operations over t
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
 
-One run on one H100 (80 GB HBM3, jax 0.11.2, 2026-11-26; copy 2,751 GB/s, bf16 772, int8 1,480, fp8 1,434 T/s),
-milliseconds. Where a row says "since", the code changed after that run, and the figure is another run's:
+One H100 (80 GB HBM3, jax 0.11.2, 2026-11-26; copy 2,710 GB/s, bf16 762, int8 1,494, fp8 1,424 T/s), milliseconds, one
+run but for the rows with a letter: (a) the same machine right after it, since which products are timed over 30 ms and
+the start of a program no longer counts; (b) the run before, on the same day:
 
     work                                        took    floor     bar   what limits it
-    Gram matrix 131072 × 4096                   4.26     5.70     8     (symmetry: 5/8 of the products)
-    GPTQ 4096 × 4096, range of the weights      8.1               13    Cholesky 2.1, rounding 1.8, products of TF32 × 3
-      … default, range by the output            8.8               13    the search of the range: 0.8
-    GPTQ 4096 in, 14336 out                     15.9              16    products, by cuBLAS; since: by the faster of
-                                                                        XLA's and cuBLAS's 13.1
-      … default                                 19.5              16    since: 14.9 (on an H200)
-    GPTQ 14336 in, 4096 out                     62                190   Cholesky 32
-    six schemes, 4096 in, 14336 out             5.64 × one        2.5   a factor is 5 % of a solution: nothing to share
-    fake-quant int4 g128, 8192²                 0.097    0.098    0.108 memory
-    W8A8 int8, 8192³                            0.859    0.743    0.874 the product, scaled on chip, .73; codes .11
-    W8A8 fp8, 8192³                             0.941    0.767    0.902 codes .19, .11 of them conversion; since: by
-                                                                        NVIDIA's instruction, compiled, not yet run
-    int4 product 8192², batch 1                 .0200    .013     .0174 2.43 × bf16: kernel .0158, sums and order .0014
-                                                                        and starting both (2.63 to 2.79 in other runs,
-                                                                        whose bf16 took longer)
-      … batch 16 / 128                          .023 .037               2.35, 1.68 × (bars 2.0, 1.0)
-      … batch 2048                              .447     .356     .469  0.94 × (0.88 to 1.02 in other runs; bar 0.9)
-    nf4, mxfp4 product, batch 1                 .022 .023         .024  levels by a table in shared memory
-    nvfp4 product, batch 1                      .026              .024  a scale for every 16: decoding them
-    fp8, int8 product, batch 1                  .034 .031 .024          bytes
-    a token of 8 blocks of 8B's shape, 1 row    bf16 2.58, int4 2.86, int8 2.91, fp8 3.28: starting kernels
-      … 16 rows                                 bf16 3.85, int4 4.19, int8 3.25, fp8 3.07
-      … memory                                  4.01 GB, 1.45, 2.27, 2.27
-    GPTQ of a model of 8B's shape               39.1 s   6.2 s    60 s  first block 11.6 (compiling), then 0.83
-    training step (scripts/bench_qat.py), plain 29.6: W8A8 1.058 ×, int4 1.010 (an earlier run) (bars 1.07, 1.02)
+    Gram matrix 131072 × 4096                   4.36     5.77     8     (symmetry: 5/8 of the products)
+    GPTQ 4096 × 4096, range of the weights      7.6               13    Cholesky 1.6, rounding, products of TF32 × 3
+      … default, range by the output            8.6               13
+    GPTQ 4096 in, 14336 out                     13.7              16    products 4.9, rounding 2.7, Cholesky 1.6
+      … default                                 15.8              16    and the search of the range 1.8
+    GPTQ 14336 in, 4096 out, and default        61.2 63.8         190   Cholesky 32
+    six schemes, 4096 in, 14336 out             5.49 × one        2.5   a factor is a tenth of a solution: little to
+                                                                        share
+    fake-quant int4 g128, 8192²                 0.097    0.099    0.108 memory
+    W8A8 int8, 8192³                            0.816    0.736    0.866 the product .73, codes .09
+    W8A8 fp8, 8192³                             0.837    0.772    0.909 likewise
+    int4 product 8192², batch 1 (a)             .0185    .013     .0167 2.52 × bf16: kernel .0155, sums and order .0013,
+                                                                        and starting both
+      … batch 16 / 128 (a)                      .020 .035   .027 .058   2.63, 1.66 ×
+      … batch 2048 (a)                          .459     .357     .493  0.97 × (0.85 to 1.02 over runs; bar 0.9)
+    nf4, mxfp4 product, batch 1                 .023 .023         .024  levels by a table in shared memory; bars are
+    nvfp4 product, batch 1                      .026              .024  1.2 × int4's .020 as timed then (.020 to .025);
+                                                                        nvfp4: a scale for every 16
+    fp8, int8 product, batch 1                  .033 .031 .025          bytes
+    a token of 8 blocks of 8B's shape, 1 row    bf16 3.13, int4 3.02, int8 3.91: starting kernels
+      … 16 rows                                 bf16 5.98, int4 4.66, int8 3.83
+      … memory                                  4.01 GB, 1.45, 2.27
+    GPTQ of a model of 8B's shape (b)           39.1 s   6.2 s    60 s  first block 11.6 (compiling), then 0.83
+    training step: see scripts/bench_qat.py
 
-Rows of x at which int4's product is as fast as bf16's: as dispatched 2.33 2.54 2.48 2.29 2.28 1.71 1.12 .96 .97 .88 ×
-of its speed at 1 4 16 32 64 128 256 512 1024 2048 rows; the weight decoded first 1.00 .63 .63 .32 .33 .32 .34 .46 .62
-.76 × (`--only crossover`; experiments/packed_crossover.png). So up to 2048 rows the kernel is the faster way.
+Rows of x at which int4's product is as fast as bf16's: as dispatched 2.26 2.51 2.51 2.11 1.76 1.56 1.08 .96 .93 .95 .95
+.92 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.00 .65 .68 .32 .31
+.33 .32 .44 .60 .76 .95 .94 × (`--only crossover`; experiments/packed_crossover.png). The kernel by itself takes .94 at
+3072 rows (decoded first .89), .95 at 4096 (.97): so it is used up to 3072.
 """
 
 from __future__ import annotations
@@ -287,8 +288,9 @@ def chained(batch: int, apply: Callable[[jax.Array, Any], jax.Array], operands: 
             x = (0.01 * apply(x, operand)).astype(BF16)
         return x
 
-    loop = jax.jit(lambda x: jax.lax.fori_loop(0, 20, turn, x, unroll=4 if batch <= 16 else 1))
-    return once(lambda: loop(x)) / 20 / len(operands)
+    turns = 400 if batch <= 128 else 40  # some 30 ms
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, turns, turn, x, unroll=4 if batch <= 16 else 1))
+    return once(lambda: loop(x)) / turns / len(operands)
 
 
 def w8a8(device: Device) -> None:
@@ -364,11 +366,15 @@ def draw(points: dict[str, list[tuple[int, float]]], path: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
-    for (name, found), color in zip(points.items(), ("#1f5fa8", "#c2571a"), strict=True):
+    for (name, found), color, above in zip(points.items(), ("#1f5fa8", "#c2571a"), (8, -18), strict=True):
         rows, ratios = zip(*found, strict=True)
         axes.plot(rows, ratios, marker="o", color=color)
         axes.annotate(
-            name, (rows[len(rows) // 2], ratios[len(rows) // 2]), xytext=(6, 8), textcoords="offset points", color=color
+            name,
+            (rows[len(rows) // 2], ratios[len(rows) // 2]),
+            xytext=(6, above),
+            textcoords="offset points",
+            color=color,
         )
         axes.set_xscale("log", base=2)
         axes.set_xticks(rows, [f"{value:,}" for value in rows])

@@ -108,18 +108,6 @@ def multiply_as_codes(
     return _as_codes(activation, jax.lax.stop_gradient(x), weight.planes[0], of_rows, bias)
 
 
-def multiply_quantized(
-    x: Float[Array, "rows in"], weight: Float[Array, "out in"], scheme: Scheme, activation: Scheme
-) -> BFloat16[Array, "rows out"] | None:
-    """`multiply_as_codes` of a weight in floats, whose codes are found by a kernel too; None where there are none."""
-    if not _multiplies(x, weight.shape, scheme, activation):
-        return None
-    if not quantize_rows.fits(scheme, weight.shape[1], weight.dtype):
-        return None
-    x, weight = jax.lax.stop_gradient((x, weight))
-    return _as_codes(activation, x, *quantize_rows.quantize_rows(weight, scheme, packed=True), None)
-
-
 def _multiplies(x: Array, shape: tuple[int, ...], weight: Scheme, activation: Scheme) -> bool:
     """Whether a kernel multiplies the codes of both as they are: int8 of eight bits, or fp8 e4m3."""
     if x.dtype != jnp.bfloat16 or way() != "kernel" or not on_hopper():

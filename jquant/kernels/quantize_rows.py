@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32
 from jquant.core.formats import Float as FloatElement
 from jquant.core.formats import Int
 from jquant.core.scales import FloatScale
-from jquant.core.scheme import Channel, Scheme, Token
+from jquant.core.scheme import Scheme, Token
 from jquant.kernels.fake_quant import of_peak, peak_of, scale_of
 from jquant.kernels.options import assembles, triton_options
 from jquant.kernels.rounding import Divisor, divisor, nearest_code, quotient, whole_quotient
@@ -32,23 +32,22 @@ def fits(scheme: Scheme, columns: int, dtype: DTypeLike) -> bool:
     element = scheme.element
     known = (isinstance(element, Int) and element.bits <= 8) or element.name == "fp8_e4m3"
     exact = scheme.zero_point == "none" and scheme.scale == FloatScale() and scheme.block is None
-    shaped = isinstance(scheme.granularity, Token | Channel) and _stretch(columns) >= _STRETCH
+    shaped = isinstance(scheme.granularity, Token) and _stretch(columns) >= _STRETCH
     return known and exact and shaped and dtype in (jnp.float32, jnp.bfloat16)
 
 
 def quantize_rows(
-    x: Float[Array, "rows in"], scheme: Scheme, *, packed: bool = False, interpret: bool = False
+    x: Float[Array, "rows in"], scheme: Scheme, *, interpret: bool = False
 ) -> tuple[Array, Float32[Array, " rows"]]:
     """Codes [rows, in] and scales.
 
     Args:
         x: rows; `fits` must hold.
-        scheme: intN or fp8_e4m3 with a scale a row: token, or channel.
-        packed: codes as a QTensor of eight bits packs them, uint8 with the format's offset.
+        scheme: intN:token or fp8_e4m3:token.
         interpret: run the kernel's operations one by one, on any platform.
 
     Returns:
-        int8 codes with zero at 0, or float8_e4m3fn, or as packed; and the scale of each row.
+        int8 codes with zero at 0, or float8_e4m3fn, and the scale of each row.
     """
     from jax.experimental import pallas as pl
 
@@ -58,7 +57,7 @@ def quantize_rows(
     tile = min(max(1, _ELEMENTS // stretch), 1 << (count - 1).bit_length())
     rows = -(-count // tile) * tile
     codes, scales = pl.pallas_call(
-        partial(_kernel, element, stretch, packed, assembles(interpret)),
+        partial(_kernel, element, stretch, assembles(interpret)),
         grid=(rows // tile,),
         in_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0))],
         out_specs=[pl.BlockSpec((tile, columns), lambda i: (i, 0)), pl.BlockSpec((tile, 1), lambda i: (i, 0))],
@@ -67,8 +66,7 @@ def quantize_rows(
         name="quantize_rows",
         **triton_options(_WARPS, interpret),
     )(jnp.pad(x, ((0, rows - count), (0, 0))))
-    kind = jnp.uint8 if packed else jnp.int8 if isinstance(element, Int) else jnp.float8_e4m3fn
-    codes = jax.lax.bitcast_convert_type(codes, kind)
+    codes = codes if isinstance(element, Int) else jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
     return codes[:count], scales[:count, 0]
 
 
@@ -77,7 +75,7 @@ def _stretch(columns: int) -> int:
     return min(columns & -columns, _ELEMENTS)
 
 
-def _kernel(element: Any, stretch: int, packed: bool, assembly: bool, x: Any, codes: Any, scales: Any) -> None:
+def _kernel(element: Any, stretch: int, assembly: bool, x: Any, codes: Any, scales: Any) -> None:
     from jax.experimental import pallas as pl
 
     tile, columns = x.shape
@@ -96,7 +94,6 @@ def _kernel(element: Any, stretch: int, packed: bool, assembly: bool, x: Any, co
 
     def encode(index: Any, nothing: None) -> None:
         found = _codes(part(index), by, element, assembly=assembly)
-        found = found + element.offset if packed and isinstance(element, Int) else found  # modulo 256
         codes[:, pl.ds(index * stretch, stretch)] = found.astype(codes.dtype)
 
     jax.lax.fori_loop(0, count, encode, None)

@@ -149,13 +149,8 @@ def _product_by_kernels(layer: QATLinear, rows: Array) -> Array | None:
     """x̂ · Ŵᵀ from codes, in bfloat16; None where there are no kernels for it."""
     inputs = layer.input_quantizer
     assert inputs is not None
-    quantizer, weight = layer.weight_quantizer, jax.lax.stop_gradient(layer.weight.get_value())
-    found = None
-    if quantizer.log_scale is None:  # scales from the range
-        found = dispatch.multiply_quantized(rows, weight, quantizer.scheme, inputs.scheme)
-    if found is None:
-        found = dispatch.multiply_as_codes(rows, jax.lax.stop_gradient(quantizer.quantize(weight)), inputs.scheme)
-    return found
+    weight = jax.lax.stop_gradient(layer.weight_quantizer.quantize(jax.lax.stop_gradient(layer.weight.get_value())))
+    return dispatch.multiply_as_codes(rows, weight, inputs.scheme)
 
 
 @jax.custom_vjp

@@ -30,9 +30,6 @@ def test_codes_and_scales(spec: str, shape: tuple[int, int], dtype: str) -> None
     np.testing.assert_array_equal(scales, expected.scales()[:, 0])
     assert codes.dtype == narrow_codes(expected).dtype
     np.testing.assert_array_equal(codes.view(jnp.uint8), narrow_codes(expected).view(jnp.uint8))
-    if chosen.element.bits == 8:
-        packed, _ = quantize_rows(x, chosen, packed=True, interpret=INTERPRET)
-        np.testing.assert_array_equal(packed, expected.planes[0])
 
 
 @pytest.mark.parametrize("spec", ["int8:token", "fp8_e4m3:token"])
