@@ -150,12 +150,12 @@ def _token_sums(
     def one(params: Any, rest: Any, other_state: Any, piece: Any) -> tuple[_Sums, Any]:
         states, targets, counted, other_states = piece
         module: Any = nnx.merge(graphdef, params, rest)
-        logits = in_parts(module(gathered_states(states)))
+        logits = in_parts(module(gathered_states(states, params)))
         ce = jnp.sum(_cross_entropy(logits, targets), where=counted)
         kl = jnp.zeros((), jnp.float32)
         if other is not None:
             teaching: Any = nnx.merge(other[0], *other_state)
-            theirs = in_parts(teaching(gathered_states(other_states)))
+            theirs = in_parts(teaching(gathered_states(other_states, other_state[0])))
             kl = jnp.sum(_divergence(logits / temperature, theirs / temperature), where=counted)
         return _Sums(ce, kl), nnx.state(module, nnx.Not(nnx.Param))
 

@@ -2,8 +2,9 @@
 
 A device holds a part of every row of the table. It looks that part up for the tokens of all devices and is sent the
 rest of its own tokens' rows. Of the output projection it holds some rows, those of its part of the vocabulary: it is
-sent the states of all devices' tokens and makes their logits for that part, over which the loss is then summed. Tokens
-and states travel, and no device ever holds a table.
+sent the states of all devices' tokens and makes their logits for that part, over which the loss is then summed. A
+vocabulary that does not divide stays whole: then it holds some columns. Tokens, states and logits travel, and no device
+ever holds a table.
 
 Reference: Shoeybi et al., Megatron-LM, 1909.08053, section 3 (the vocabulary in parts, and the loss over them).
 """
@@ -37,27 +38,44 @@ def embedded(
 
 
 def by_rows(params: Any) -> Any:
-    """Parameters of a head, matrices cut along their rows; those whose rows do not divide are gathered."""
+    """Parameters of a head, matrices cut along their rows; where these do not divide, along their columns."""
     mesh = _cutting_mesh()
     if mesh is None:
         return params
 
     def place(leaf: Array) -> Array:
-        return _lie(leaf, mesh, _rows(leaf.shape[0], mesh)) if leaf.ndim == 2 else leaf
+        if leaf.ndim != 2:
+            return leaf
+        rows = _dividing(leaf.shape[0], mesh)
+        return _lie(leaf, mesh, rows, () if rows else _dividing(leaf.shape[1], mesh))
 
     return jax.tree.map(place, params)
 
 
-def gathered_states(states: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
-    """What enters a head that `by_rows` has cut: of the tokens of all devices that "fsdp" spreads."""
+def gathered_states(states: Float[Array, "batch time hidden"], params: Any) -> Float[Array, "batch time hidden"]:
+    """What enters a head whose `params` `by_rows` has cut: of the tokens of all devices that "fsdp" spreads.
+
+    All of a state; where the head is cut along its columns, those of the device.
+    """
     mesh = _cutting_mesh()
-    return states if mesh is None else _lie(states, mesh, _there(mesh, (DATA,)))
+    if mesh is None:
+        return states
+    whole = all(_dividing(leaf.shape[0], mesh) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    columns = () if whole else _dividing(states.shape[-1], mesh)
+    return _lie(states, mesh, _there(mesh, (DATA,)), None, columns)
 
 
 def in_parts(logits: Float[Array, "batch time vocab"]) -> Float[Array, "batch time vocab"]:
-    """What comes of it: each device keeps its part of the vocabulary."""
+    """What comes of it: each device keeps its part of the vocabulary, or, where that does not divide, of the tokens.
+
+    In the latter case it has logits of all of them, to which its columns of the projection add: sums of all devices.
+    """
     mesh = _cutting_mesh()
-    return logits if mesh is None else _lie(logits, mesh, _there(mesh, (DATA,)), None, _rows(logits.shape[-1], mesh))
+    if mesh is None:
+        return logits
+    rows = _dividing(logits.shape[-1], mesh)
+    logits = _lie(logits, mesh, _there(mesh, (DATA,)), None, rows)
+    return logits if rows else _lie(logits, mesh, _there(mesh, (DATA, FSDP)))
 
 
 def _cutting_mesh() -> AbstractMesh | None:
@@ -69,8 +87,8 @@ def _there(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis_size(mesh, axis) > 1)
 
 
-def _rows(size: int, mesh: AbstractMesh) -> tuple[str, ...]:
-    """Over which axes so many rows are cut: over none where they do not divide."""
+def _dividing(size: int, mesh: AbstractMesh) -> tuple[str, ...]:
+    """Over which axes so many rows or columns are cut: over none where they do not divide."""
     cut = _there(mesh, CUTTING)
     return cut if size % math.prod(axis_size(mesh, axis) for axis in cut) == 0 else ()
 
