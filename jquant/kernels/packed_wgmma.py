@@ -88,7 +88,7 @@ def _bytes_on_chip(tiling: Tiling, q: QTensor) -> int:
     rows //= tiling.warpgroups if tiling.share_rows else 1
     groups = max(1, tiling.inputs // q.scheme.tile(*q.matrix_shape)[1])
     codes = rows * tiling.inputs * q.scheme.element.bits // 8
-    scale = 4 if _bytes_of_scales(q, tiling) is None else 1
+    scale = 4 if bytes_of_scales(q, tiling) is None else 1
     stage = codes + 2 * tiling.columns * tiling.inputs + groups * (scale * per_row * rows + 4 * tiling.columns)
     arrays = 2 + per_row + (q.zero_planes is not None)
     table = 4 * 256 * LANES + _ALIGNED if registers.looked_up(q.scheme.element) else 0
@@ -96,7 +96,7 @@ def _bytes_on_chip(tiling: Tiling, q: QTensor) -> int:
     return tiling.stages * (stage + arrays * _ALIGNED) + results + table
 
 
-def _bytes_of_scales(q: QTensor, tiling: Tiling) -> registers.ScaleBytes | None:
+def bytes_of_scales(q: QTensor, tiling: Tiling) -> registers.ScaleBytes | None:
     """How the kernel reads scales of a byte; None where it reads float32. A copy takes 16 bytes of a row or more."""
     enough = tiling.inputs >= 16 * q.scheme.tile(*q.matrix_shape)[1]
     return registers.scale_bytes_of(q) if tiling.scale_first and enough else None
@@ -183,7 +183,7 @@ class _Job:
 
     def __init__(self, q: QTensor, tiling: Tiling, padded: int) -> None:
         group = q.scheme.tile(*q.matrix_shape)[1]
-        kind = _bytes_of_scales(q, tiling)
+        kind = bytes_of_scales(q, tiling)
         self.tiling = tiling
         self.rows_of_x, self.out, self.inputs = padded, *q.matrix_shape
         self.codes = Codes(

@@ -11,7 +11,7 @@ from jquant.core.formats import Codebook
 from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.kernels import dispatch
-from jquant.kernels.packed_wgmma import fits, packed_matmul, permuted, tiling_of
+from jquant.kernels.packed_wgmma import bytes_of_scales, fits, packed_matmul, permuted, tiling_of
 
 SPECS = ["int4:g128", "int4:g64", "int4:g32", "int4:g128:asym", "int4:g32:asym", "nf4:g64", "mxfp4", "nvfp4"]
 SPECS += ["int8:channel", "fp8_e4m3:channel", "int8:g128", "int4:channel"]
@@ -30,7 +30,10 @@ def test_product(spec: str, batch: int) -> None:
         traced = jax.jit(packed_matmul).trace(x, q)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
         return
-    value = dequantize(q, jnp.bfloat16 if tiling_of(batch, q).scale_first else jnp.float32).astype(jnp.float32)
+    tiling = tiling_of(batch, q)
+    # Scaled weights are rounded as decoded ones are; those with scales of a byte are exact, and g comes after the sums.
+    rounded = tiling.scale_first and bytes_of_scales(q, tiling) is None
+    value = dequantize(q, jnp.bfloat16 if rounded else jnp.float32).astype(jnp.float32)
     expected = jnp.matmul(x.astype(jnp.float32), value.T, precision="highest")
     found = jax.jit(packed_matmul)(x, q)
     # Levels of codebooks are rounded to bfloat16 before their products are summed; all others are exact in it.
