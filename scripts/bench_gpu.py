@@ -24,13 +24,13 @@ the start of a program no longer counts; (b) the run before, on the same day:
     fake-quant int4 g128, 8192²                 0.097    0.099    0.108 memory
     W8A8 int8, 8192³                            0.816    0.736    0.866 the product .73, codes .09
     W8A8 fp8, 8192³                             0.837    0.772    0.909 likewise
-    int4 product 8192², batch 1 (a)             .0185    .013     .0167 2.52 × bf16: kernel .0155, sums and order .0013,
+    int4 product 8192², batch 1 (a)             0.018    .013     .016  2.52 × bf16: kernel .0155, sums and order .0013,
                                                                         and starting both
-      … batch 16 / 128 (a)                      .020 .035   .027 .058   2.63, 1.66 ×
+      … batch 16 / 128 (a)                      .020 .035   .026 .058   2.63, 1.66 ×
       … batch 2048 (a)                          .459     .357     .493  0.97 × (0.85 to 1.02 over runs; bar 0.9)
-    nf4, mxfp4 product, batch 1                 .023 .023         .024  levels by a table in shared memory; bars are
-    nvfp4 product, batch 1                      .026              .024  1.2 × int4's .020 as timed then (.020 to .025);
-                                                                        nvfp4: a scale for every 16
+    nf4, mxfp4 product, batch 1                 .023 .023         .030  levels by a table in shared memory; the bars
+    nvfp4 product, batch 1                      .026              .030  are 1.2 × int4's .025 of that run; where int4
+                                                                        took .020, nvfp4 took .025, and theirs is .024
     fp8, int8 product, batch 1                  .033 .031 .025          bytes
     a token of 8 blocks of 8B's shape, 1 row    bf16 3.13, int4 3.02, int8 3.91: starting kernels
       … 16 rows                                 bf16 5.98, int4 4.66, int8 3.83
@@ -40,8 +40,9 @@ the start of a program no longer counts; (b) the run before, on the same day:
 
 Rows of x at which int4's product is as fast as bf16's: as dispatched 2.26 2.51 2.51 2.11 1.76 1.56 1.08 .96 .93 .95 .95
 .92 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.00 .65 .68 .32 .31
-.33 .32 .44 .60 .76 .95 .94 × (`--only crossover`; experiments/packed_crossover.png). The kernel by itself takes .94 at
-3072 rows (decoded first .89), .95 at 4096 (.97): so it is used up to 3072.
+.33 .32 .44 .60 .76 .95 .94 × (`--only crossover`; experiments/packed_crossover.png; few rows as timed before (a)). In
+another run the kernel by itself had .94 × of bf16's speed at 3072 rows (decoded first .89), .95 at 4096 (.97), .90 at
+8192 (.98): it is used up to 3072. What limits GPTQ is of profiles of the same day.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ Two cores of a CPU (EPYC, plain step 0.51 s; of minima, as others used the machi
 Below 1 because our layer's gradient of a weight is not JAX's (nn/product.py): with it the plain step takes 0.77, and of
 that W8A8 tiled is 1.11.
 
-H100, plain 31.3 ms: int4:g128 1.013, its LSQ 1.28, nf4:g64 1.043, W8A8 per channel and token 1.044, tiled 1.033, nvfp4
-1.066. With the decoder's own layers (plain 31.6): 1.017, 1.058, 1.066, 1.017 (its forward pass multiplies int8 by
-int8), 1.028, 1.065.
+H100, of several runs, plain 30.0 to 31.6 ms: int4:g128 1.013, its LSQ 1.28, nf4:g64 1.043, W8A8 per channel and token
+1.044, tiled 1.033, nvfp4 1.066. With the decoder's own layers: 1.017, 1.058, 1.066, 1.017 (its forward pass multiplies
+int8 by int8), 1.028, 1.065.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Divisor(NamedTuple):
 
 
 def divisor(value: Float32[Array, "..."], *, assembly: bool) -> Divisor:
-    """Of positive numbers from 2⁻¹²⁴ on."""
+    """Of positive numbers from 2⁻¹²⁴ to 2¹²⁵, and of infinity."""
     if not assembly:
         return Divisor(value, 1 / value, value)
     power = jnp.where(value < _SMALL, jnp.float32(_POWER), jnp.float32(1))

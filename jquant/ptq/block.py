@@ -29,6 +29,7 @@ from jquant.core.scheme import scheme as parse_scheme
 from jquant.nn.capture import Arguments, capturing, input_groups, replaying, unread
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weight_matrix
+from jquant.nn.placement import fetched
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import static_parameters, w8a8_layer
@@ -270,9 +271,10 @@ def weight_report(
     scheme = solution.qtensor.scheme
     rounding, error = layer_programs.errors(weight, solution.qtensor, scheme, statistics, alone=alone)
     shape, bits = tuple(weight.shape), solution.qtensor.bits_per_weight
-    damping, fallback, on_data = solution.damping, solution.fallback, statistics is not None
+    small, on_data = (solution.damping, solution.fallback), statistics is not None  # not the tensor: it would stay
 
     def report(seconds: float) -> LayerReport:
+        damping, fallback = fetched(small)  # of experts they may lie over processes
         return LayerReport(
             path=path,
             method=rule.method.name,

@@ -43,11 +43,14 @@ def by_rows(params: Any) -> Any:
     if mesh is None:
         return params
 
+    vocabulary = _vocabulary(params)
+
     def place(leaf: Array) -> Array:
         if leaf.ndim != 2:
             return leaf
         rows = _dividing(leaf.shape[0], mesh)
-        return _lie(leaf, mesh, rows, () if rows else _dividing(leaf.shape[1], mesh))
+        columns = () if rows or leaf.shape[0] != vocabulary else _dividing(leaf.shape[1], mesh)
+        return _lie(leaf, mesh, rows, columns)
 
     return jax.tree.map(place, params)
 
@@ -60,8 +63,7 @@ def gathered_states(states: Float[Array, "batch time hidden"], params: Any) -> F
     mesh = _cutting_mesh()
     if mesh is None:
         return states
-    whole = all(_dividing(leaf.shape[0], mesh) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
-    columns = () if whole else _dividing(states.shape[-1], mesh)
+    columns = () if _dividing(_vocabulary(params), mesh) else _dividing(states.shape[-1], mesh)
     return _lie(states, mesh, _there(mesh, (DATA,)), None, columns)
 
 
@@ -81,6 +83,11 @@ def in_parts(logits: Float[Array, "batch time vocab"]) -> Float[Array, "batch ti
 def _cutting_mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if not mesh.empty and mesh.shape.get(FSDP, 1) > 1 else None
+
+
+def _vocabulary(params: Any) -> int:
+    """Rows of the projection; trained scales of it may have fewer."""
+    return max((leaf.shape[0] for leaf in jax.tree.leaves(params) if leaf.ndim == 2), default=1)
 
 
 def _there(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:

@@ -29,6 +29,13 @@ def train_state_shardings(state: Any, parameters: Mapping[Path, NamedSharding], 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
+def check_rows(rows: int, mesh: Mesh | None) -> None:
+    """Raises InputError where so many rows of a batch do not divide by the devices that they are spread over."""
+    size = 1 if mesh is None else axis_size(mesh, DATA, FSDP)
+    if rows % size:
+        raise InputError(f"a batch of {rows} rows on {size} devices: choose a batch that divides")
+
+
 def spread_rows(batch: Any, mesh: Mesh | None) -> Any:
     """Leaves [microbatches, rows, …] on the devices, rows over all axes of the mesh but "tensor".
 
@@ -37,11 +44,10 @@ def spread_rows(batch: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    size, axes = axis_size(mesh, DATA, FSDP), tuple(axis for axis in (DATA, FSDP) if axis in mesh.shape)
+    axes = tuple(axis for axis in (DATA, FSDP) if axis in mesh.shape)
 
     def spread(leaf: Any) -> jax.Array:
-        if leaf.shape[1] % size:
-            raise InputError(f"a batch of {leaf.shape[1]} rows on {size} devices: choose a batch that divides")
+        check_rows(leaf.shape[1], mesh)
         return put(leaf, NamedSharding(mesh, PartitionSpec(None, axes or None)))
 
     return jax.tree.map(spread, batch)

@@ -34,7 +34,7 @@ from jquant.qat.losses import LossFn
 from jquant.qat.metrics import MetricsLog, StepRecord
 from jquant.qat.optimizer import make_optimizer, schedule
 from jquant.qat.schedule import FINAL, enter, rounded_to_nearest, stage_at
-from jquant.qat.sharding import spread_rows, train_state_shardings
+from jquant.qat.sharding import check_rows, spread_rows, train_state_shardings
 from jquant.qat.state import Parts, TrainState, cast, split
 from jquant.qat.step import StepReport, make_step
 
@@ -138,6 +138,7 @@ class _Run:
         assert config.steps is not None
         self.model, self.batches, self.config, self.eval_fn, self.total = model, batches, config, eval_fn, config.steps
         self.mesh = make_mesh(config.mesh)
+        check_rows(config.batch, self.mesh)
         self.stage = stage_at(config, 0)
         enter(model, self.stage, config)
         parts = self._split()
