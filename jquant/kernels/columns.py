@@ -14,14 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 
-def load(ref: Any, begin: Any, count: int, *, assembly: bool) -> Array:
-    """`ref[begin : begin + count]` of lines [rows]."""
-    from jax.experimental import pallas as pl
-
-    if not assembly:
-        return ref[pl.ds(begin, count), :]
-    column, row = _places(count, ref.shape[1])
-    return ref[begin + column, row]
+def load(ref: Any, *, assembly: bool) -> Array:
+    """All of `ref` [columns, rows]."""
+    return ref[_places(*ref.shape)] if assembly else ref[...]
 
 
 def load_column(ref: Any, rows: int, *, assembly: bool) -> Array:

@@ -105,7 +105,7 @@ def _kernel(
     element: Element, config: RangeSearch, has_low: bool, weighted: bool, assembly: bool, columns: Any, *refs: Any
 ) -> None:
     given = iter(refs)
-    x, high = load(columns, 0, columns.shape[0], assembly=assembly), next(given)[...]
+    x, high = load(columns, assembly=assembly), next(given)[...]
     low = next(given)[...] if has_low else None
     weight = load_column(next(given), columns.shape[1], assembly=assembly) if weighted else None
     best = next(given)
