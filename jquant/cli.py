@@ -70,7 +70,10 @@ def _reported(words: list[str]) -> int:
             start(config.hosts)
         code = run(config)
     except InputError as error:
-        print(f"jquant: error: {error}", file=sys.stderr)
+        if "jquant.distributed" in sys.modules:
+            sys.modules["jquant.distributed"].tell(str(error))
+        else:
+            print(f"jquant: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jquant: interrupted", file=sys.stderr)

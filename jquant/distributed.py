@@ -22,13 +22,14 @@ import jax
 import jquant
 from jquant.core.errors import InputError
 from jquant.io.process_options import ProcessOptions
-from jquant.io.processes import hear_all, on_writer
+from jquant.io.processes import LOST, hear_all, on_writer
 
 EXIT_CODE = 2
 _LEAVING_S = 10  # that processes wait for each other when they end
 _COMPARED = ("jax", "jaxlib", "flax", "orbax-checkpoint")
 
-_last_words = ""  # what an aborted process says; empty where all has been said
+_last_words: str | None = None  # what an aborted process says; empty where all has been said, None if none was started
+_errors = 2  # where our own errors go; jax's C++ writes to 2
 
 
 def start(options: ProcessOptions) -> None:
@@ -40,13 +41,13 @@ def start(options: ProcessOptions) -> None:
     deadline = time.monotonic() + options.startup_timeout
     if options.coordinator is not None and options.process:
         _wait_for_coordinator(options.coordinator, deadline)
+    _keep_standard_streams()
     _say_when_aborted(
         f"the {options.processes or 'other'} processes did not all reach the coordinator "
         f"{options.coordinator or 'that the cluster names'} within {options.startup_timeout} s: are all started, with "
         "the same --coordinator and --processes, and is its port open?"
     )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    _keep_standard_output()
     try:
         jax.distributed.initialize(
             options.coordinator,
@@ -62,19 +63,25 @@ def start(options: ProcessOptions) -> None:
         if "should be defined" in reason or "must be defined" in reason:
             reason = "no SLURM, TPU pod, Kubernetes or MPI is found here; give --coordinator, --processes, --process"
         raise InputError(f"{where}: {reason}") from error
-    _say_when_aborted(
-        "contact with another process of this run was lost (the lines above say more): the run ends on all of them; "
-        "start the same command again on each, and it goes on from what is finished"
-    )
+    _say_when_aborted(LOST)
     check_versions(hear_all(json.dumps(_versions())))
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  results are told by process 0
 
 
+def tell(error: str) -> None:
+    """Prints an error as the last line of this process: an abort in another thread shows no trace, and says the same."""
+    global _last_words
+    if _last_words is not None:
+        _last_words = error
+        _silence_runtime()
+    print(f"jquant: error: {error}", file=sys.stderr)
+
+
 def leave(code: int) -> None:
     """Ends the process with the others where they end too, and does not wait long for those that do not."""
     global _last_words
-    if not _last_words:
+    if _last_words is None:
         return  # nothing was started
     sys.stdout.flush()
     sys.stderr.flush()
@@ -127,17 +134,27 @@ def _wait_for_coordinator(address: str, deadline: float) -> None:
         time.sleep(0.5)
 
 
-def _keep_standard_output() -> None:
-    """Ours alone: Gloo's C++ prints there who is connected, in the midst of results; that goes to standard error."""
+def _keep_standard_streams() -> None:
+    """Ours alone: Gloo's C++ prints to 1 who is connected, in the midst of results, and that goes to 2; what jax's says
+    there can be silenced, and ours cannot."""
+    global _errors
     sys.stdout.flush()
-    ours = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    sys.stderr.flush()
+    ours, _errors = os.dup(1), os.dup(2)
     os.dup2(2, 1)
-    sys.stdout = ours
+    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, buffering=1)
+    sys.stderr = os.fdopen(_errors, "w", encoding=sys.stderr.encoding, errors="backslashreplace", buffering=1)
+
+
+def _silence_runtime() -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    os.close(silence)
 
 
 def _say_when_aborted(text: str) -> None:
     global _last_words
-    if not _last_words:
+    if _last_words is None:
         libc = ctypes.CDLL(None)
         libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
         libc.signal(signal.SIGABRT, ctypes.cast(_aborted, ctypes.c_void_p))
@@ -148,5 +165,6 @@ def _say_when_aborted(text: str) -> None:
 def _aborted(number: int) -> None:
     """Called in the thread that aborts; Python's own handlers would wait for the main one, which does not go on."""
     if _last_words:
-        os.write(2, f"jquant: error: {_last_words}\n".encode())
+        _silence_runtime()  # another thread may be amid a trace of its own
+        os.write(_errors, f"jquant: error: {_last_words}\n".encode())
     os._exit(EXIT_CODE)

@@ -14,7 +14,11 @@ import jax
 
 from jquant.core.errors import InputError
 
-PATIENCE_S = 1800  # how long processes wait for each other; that one has died is found much earlier (jquant/hosts.py)
+PATIENCE_S = 1800  # how long processes wait for each other; that one has died is found much earlier
+LOST = (
+    "contact with another process of this run was lost: the run ends on all of them; start the same command again on "
+    "each, and it goes on from what is finished"
+)
 
 _calls = itertools.count()  # all processes make the same calls, so the number of a call names it
 
@@ -78,10 +82,10 @@ def _get(key: str, process: int) -> str:
     try:
         return _client().blocking_key_value_get(key, PATIENCE_S * 1000)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"process {process} has said nothing for {PATIENCE_S} s, or the coordinator is gone: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        if reason.startswith("DEADLINE_EXCEEDED"):
+            raise InputError(f"process {process} has said nothing for {PATIENCE_S} s: {reason}") from error
+        raise InputError(f"{LOST} ({reason})") from error
 
 
 def _client() -> Any:
