@@ -70,7 +70,7 @@ def start(options: ProcessOptions) -> None:
 
 
 def tell(error: str) -> None:
-    """Prints an error as the last line of this process: an abort in another thread shows no trace, and says the same."""
+    """Prints an error as the last line of this process: an abort in another thread says the same, and no more."""
     global _last_words
     if _last_words is not None:
         _last_words = error

@@ -25,6 +25,7 @@ from jquant.evaluation.perplexity import perplexity
 from jquant.io.folder_lock import locked_folder
 from jquant.io.native import check_new_folder, is_native, write_native
 from jquant.io.processes import is_writer, on_writer
+from jquant.kernels.dispatch import way
 from jquant.models.checkpoint import Checkpoint
 from jquant.models.decoder import Decoder, check_length
 from jquant.models.save import describe, tokenizer_files
@@ -179,6 +180,7 @@ def _train(
             of_rounded = evaluate(model)
         for name, of_float in evaluate(teacher).items():
             announce(f"{name} before training: {of_rounded[name]:.6g}, in floats {of_float:.6g}")
+    announce("training: the first step is compiled before it runs, which may take a minute")
     result = train(
         model,
         loss,
@@ -264,5 +266,6 @@ def _definition(
             "hidden_weight": distillation.hidden_weight,
             "remat": distillation.remat,
         },
+        "kernels": way(),
         "jquant": __version__,
     }

@@ -18,6 +18,7 @@ from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
 from jquant.io.json_file import as_text, read_json
 from jquant.io.native import check_new_folder
+from jquant.kernels.dispatch import way
 from jquant.models.checkpoint import Checkpoint
 from jquant.models.decoder import check_length
 from jquant.models.save import describe, tokenizer_files
@@ -29,7 +30,7 @@ from jquant.ptq.data import Products
 from jquant.ptq.pipeline import Event, quantize_blocks
 from jquant.ptq.preflight import Estimate, estimate
 from jquant.ptq.recipe import Recipe, assign
-from jquant.ptq.rule_check import check_rules
+from jquant.ptq.rule_check import check_products, check_rules
 from jquant.ptq.workdir import open_workdir
 
 NUMERICS = 8  # raised when a change moves bits: an unfinished run of another value is not gone on with
@@ -47,6 +48,7 @@ def quantize_checkpoint(
     spill: bool = False,
     mesh: Mesh | None = None,
     on_estimate: Callable[[Estimate], None] = lambda estimate: None,
+    on_resume: Callable[[int], None] = lambda parts: None,
     progress: Callable[[Event], None] | None = None,
 ) -> Coverage:
     """Quantizes a checkpoint into a new native one.
@@ -67,6 +69,7 @@ def quantize_checkpoint(
         mesh: devices to spread the work over, as in `quantize_model`. Sums come in another order on another mesh and
             with other processes, which may turn a code over: a run goes on with the same alone.
         on_estimate: hears what the run will take, before it starts.
+        on_resume: hears how many parts an earlier run had finished, where there are any.
         progress: hears of every finished block.
 
     Raises:
@@ -77,6 +80,7 @@ def quantize_checkpoint(
     shapes = source.shapes()
     rules = assign(recipe, list(shapes))
     check_rules(rules, shapes, calibration is not None)
+    check_products(products, rules)
     batches = None
     if calibration is not None:
         check_length(checkpoint.config, calibration.window)
@@ -86,6 +90,8 @@ def quantize_checkpoint(
         if workdir.is_complete:  # an earlier run was stopped on its last step
             workdir.publish(out)
             return Coverage.from_json(read_json(out / "coverage.json"))
+        if workdir.finished:
+            on_resume(workdir.finished)
         tokens = 0 if calibration is None else calibration.tokens.size
         expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize, mesh=mesh)
         on_estimate(expected)
@@ -111,6 +117,7 @@ def quantize_checkpoint(
             "recipe": recipe.as_json(),
             "calibration": definition["calibration"],
             "products": products,
+            "kernels": definition["kernels"],
             "mesh": definition["mesh"],
             "jquant": __version__,
             "jax": jax.__version__,
@@ -160,6 +167,7 @@ def _definition(
         "batch": batch,
         "dtype": dtype,
         "products": products,
+        "kernels": way(),
         "mesh": mesh_text(mesh),
         "processes": jax.process_count(),
         "jax": jax.__version__,

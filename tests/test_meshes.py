@@ -112,7 +112,7 @@ def test_a_run_goes_on_on_its_own_mesh_alone(tiny: Path, tmp_path: Path) -> None
 
     with pytest.raises(KeyboardInterrupt):
         run("data=2,tensor=4", stop_at=1)
-    with pytest.raises(InputError, match=r'unfinished run with another mesh \("data=2,tensor=4" there, "" here\)'):
+    with pytest.raises(InputError, match=r'unfinished run whose mesh differs \("data=2,tensor=4" there, "" here\)'):
         run("")
     run("data=2,tensor=4")
     run("data=2,tensor=4", to=tmp_path / "whole")

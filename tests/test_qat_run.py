@@ -176,7 +176,7 @@ def test_what_a_run_killed_on_its_last_step_left_is_removed(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--recipe", "int5-g7"], "neither a file nor a preset; there are int4-g128"),
+        (["--recipe", "int5-g7"], "neither a file nor a preset of qat, which are int4-g128"),
         (["--recipe", "FILE"], "pattern 'nothing' matches nothing"),
         (["--recipe", "int4-g128"], "wider than the row"),
         (["--recipe", "fp8", "--best", "perplexity"], "need a text to evaluate on: give --eval-text"),

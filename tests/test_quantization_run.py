@@ -131,7 +131,9 @@ def test_a_full_disk_leaves_nothing_under_the_name_and_can_be_gone_on_from(
         _run(source, tmp_path / "q")
     assert not (tmp_path / "q").exists()
     monkeypatch.undo()
-    _run(source, tmp_path / "q")
+    resumed: list[int] = []
+    _run(source, tmp_path / "q", on_resume=resumed.append)
+    assert resumed == [1]
     assert native.open_native(tmp_path / "q").sha256 == native.open_native(tmp_path / "whole").sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "whole"]
 
@@ -148,9 +150,11 @@ def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
     with pytest.raises(InputError):
         _run(source, tmp_path / "q")
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"unfinished: holds an unfinished run with another batch \(1 there, 2 here\)"):
+    with pytest.raises(
+        InputError, match=r"unfinished: holds an unfinished run whose batch differs \(1 there, 2 here\)"
+    ):
         _run(source, tmp_path / "q", batch=2)
-    with pytest.raises(InputError, match=r'with another products \("float32" there, "bfloat16" here\)'):
+    with pytest.raises(InputError, match=r'whose products differs \("float32" there, "bfloat16" here\)'):
         _run(source, tmp_path / "q", products="bfloat16")
 
 
@@ -175,6 +179,8 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
         (["--method", "hqq", "--scheme", "int4:g32"], "int4:g32:asym"),
         (["--scheme", "int4:g32", "--layers", "nothing"], "matches nothing"),
         (["--method", "gptq", "--scheme", "int4:g32", "--window", "4096"], "512"),
+        (["--scheme", "int4:g32", "--products", "bfloat16"], "no method of the recipe learns from data"),
+        (["--recipe", "int2-g64-lsq"], "neither a file nor a preset of quantize"),
     ],
 )
 def test_the_command_says_what_is_wrong(

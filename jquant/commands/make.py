@@ -61,6 +61,10 @@ def quantize_command(config: QuantizeConfig) -> None:
             spill=config.spill,
             mesh=mesh,
             on_estimate=lambda estimate: new_console(stderr=True).print(f"[dim]{estimate}[/dim]", highlight=False),
+            on_resume=lambda parts: new_console(stderr=True).print(
+                f"going on behind {parts} of {checkpoint.config.num_layers + 1} parts that an earlier run finished",
+                highlight=False,
+            ),
             progress=heard,
         )
     if config.coverage:

@@ -36,10 +36,10 @@ def select(paths: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
         try:
             matching = {path for path in paths if re.search(pattern, path)}
         except re.error as error:
-            raise InputError(f"layer pattern {pattern!r} is no regular expression: {error}") from None
+            raise InputError(f"layer pattern '{pattern}' is no regular expression: {error}") from None
         if not matching:
             shown = ", ".join(paths[:8]) + (", …" if len(paths) > 8 else "")
-            raise InputError(f"layer pattern {pattern!r} matches nothing; there are {len(paths)} layers: {shown}")
+            raise InputError(f"layer pattern '{pattern}' matches nothing; there are {len(paths)} layers: {shown}")
         chosen |= matching
     return [path for path in paths if path in chosen]
 

@@ -57,7 +57,7 @@ class Ahead:
         wait(self._pending.pop((stage, path), ()))  # what failed here fails there, where it is understood
 
     def _compile(self, traced: Iterable[tuple[tuple[Stage, Path], Sequence[Any]]]) -> None:
-        executor = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="compile")
+        executor = ThreadPoolExecutor(min(_THREADS, _cores()), thread_name_prefix="compile")
         known: dict[Any, Future[Any]] = {}  # by jaxpr: layers of equal shape share programs
         try:
             for key, programs in traced:
@@ -80,22 +80,25 @@ def _traced(
     packed: dict[Path, nnx.Module] = {}
     block = share(block)
     variables = jax.tree.leaves(nnx.state(block), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    for group in groups:
-        captured = traced_capture(block, group[:1], data.arguments(0), replay=replay, narrow=data.narrow)
-        yield ("capture", group[0]), [captured]
-        calls = captured.out_info[group[0]]
-        replay |= dict.fromkeys(group, calls)
-        replace(block, {path: packed[path] for path in unread(block, tuple(packed), data.arguments(0), replay=replay)})
-        yield ("gram", group[0]), _of_gram(module_at(block, group[0]), calls, data)
-        for path in group:
-            layer = module_at(block, path)
-            programs, weight = _of_solver(layer, rules[path])
-            yield ("solve", path), programs
-            if weight is not None and rules[path].activation is None:
-                packed[path] = nnx.eval_shape(packed_layer, layer, weight)
-    yield ("output", ""), [traced_output(block, data.arguments(0), replay=replay, narrow=data.narrow)]
-    for variable in variables:  # `nnx.merge` leaves a cycle, which would keep their arrays for the collector
-        variable.set_value(None)
+    try:
+        for group in groups:
+            captured = traced_capture(block, group[:1], data.arguments(0), replay=replay, narrow=data.narrow)
+            yield ("capture", group[0]), [captured]
+            calls = captured.out_info[group[0]]
+            replay |= dict.fromkeys(group, calls)
+            done = unread(block, tuple(packed), data.arguments(0), replay=replay)
+            replace(block, {path: packed[path] for path in done})
+            yield ("gram", group[0]), _of_gram(module_at(block, group[0]), calls, data)
+            for path in group:
+                layer = module_at(block, path)
+                programs, weight = _of_solver(layer, rules[path])
+                yield ("solve", path), programs
+                if weight is not None and rules[path].activation is None:
+                    packed[path] = nnx.eval_shape(packed_layer, layer, weight)
+        yield ("output", ""), [traced_output(block, data.arguments(0), replay=replay, narrow=data.narrow)]
+    finally:
+        for variable in variables:  # `nnx.merge` leaves a cycle, which would keep their arrays for the collector
+            variable.set_value(None)
 
 
 def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
@@ -122,6 +125,11 @@ def _of_solver(layer: nnx.Module, rule: Rule) -> tuple[list[Any], QTensor | None
     factorizing, solving = method.programs(weight, gram, scheme, config)
     report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram)
     return [factorizing, solving, *report], solving.out_info.qtensor
+
+
+def _cores() -> int:
+    """That this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _float32(*shape: int) -> Any:

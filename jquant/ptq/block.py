@@ -42,7 +42,7 @@ from jquant.ptq.recipe import Rule, Step
 from jquant.ptq.solver import Solution, check_finite
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
 
-_SIDE_BY_SIDE = 2048  # inputs up to which layers of a group are solved so: their memory adds up
+_SIDE_BY_SIDE = 2048**2  # entries of Gram matrices up to which a group's layers are solved so: their memory adds up
 
 
 class Solved(NamedTuple):
@@ -101,7 +101,7 @@ def quantize_block(
             ahead.wait("gram", group[0])
             statistics = _gram(block, group, data, prefix)
         factors: dict[Step, Any] = {}
-        alone = statistics is not None and statistics.matrix.shape[-1] > _SIDE_BY_SIDE
+        alone = statistics is not None and statistics.matrix.size > _SIDE_BY_SIDE
         if statistics is not None:
             ahead.wait("solve", group[0])
             after_step()

@@ -97,4 +97,5 @@ def traced_report(weight: jax.Array, value: QTensor, scheme: Scheme, statistics:
         _squares.trace(error, statistics),
         rounded,
         *(_difference.trace(weight, each, _order(statistics)) for each in (None, value, rounded.out_info)),
+        _relative.trace(*[jax.ShapeDtypeStruct((), jnp.float32)] * 3),
     ]

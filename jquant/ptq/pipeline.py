@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_d
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
 from jquant.ptq.data import Data, Products
 from jquant.ptq.recipe import Recipe, Rule, assign
-from jquant.ptq.rule_check import EMBEDDING, check_rules
+from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules
 from jquant.ptq.solver import check_finite
 from jquant.ptq.source import ModelSource, Source
 from jquant.ptq.whole_module import quantize_whole
@@ -99,10 +99,11 @@ def quantize_model(
         store: of activations; by default in memory.
         progress: hears of every finished block.
         products: what the factors of products are rounded to, and of Gram matrices, while calibration data go through
-            the layers that have a rule; sums, and all between products, are float32 either way, and so are the
-            statistics of transforms. bfloat16 takes 0.7 of a block's time on a CPU that has instructions for it
-            (avx512_bf16, amx_bf16), and may take longer on one without. Perplexities are the same to GPTQ's noise:
-            SmolLM2's of int4 41.4 and 41.2 from two calibration sets in float32, 40.9 and 41.0 in bfloat16.
+            the layers that have a rule, but for stacks of experts; sums, and all between products, are float32 either
+            way, and so are the statistics of transforms. bfloat16 takes 0.7 of a block's time on a CPU that has
+            instructions for it (avx512_bf16, amx_bf16), and may take longer on one without. Perplexities are the same
+            to GPTQ's noise: SmolLM2's of int4 41.4 and 41.2 from two calibration sets in float32, 40.9 and 41.0 in
+            bfloat16.
 
     Returns:
         The model, its layers replaced by packed ones, and the coverage report.
@@ -154,12 +155,11 @@ def quantize_blocks(
 
     Arguments, errors as `quantize_model`.
     """
-    if products not in get_args(Products):
-        raise InputError(f"products of {products!r}: there are {', '.join(get_args(Products))}")
     started = time.perf_counter()
     shapes = source.shapes()
     rules = assign(recipe, list(shapes))
     check_rules(rules, shapes, batches is not None)
+    check_products(products, rules)
     needs_data = any(map(rule_needs_data, rules.values()))
     if needs_data and (not batches or np.shape(batches[0])[-1] < 2):
         raise InputError("the recipe's methods learn from data: give calibration batches of at least 2 tokens")
@@ -215,7 +215,8 @@ def _quantize_part(
         solved = _one_block(run, module, index, source, return_freed_memory if ready < 0 else _nothing)
         if put_back is not None:
             put_back(index, module)
-    return_freed_memory()
+    if ready < 0:  # later parts find their programs; giving back and asking again took 4 s of a small model's 115
+        return_freed_memory()
     return solved.reports, solved.transforms
 
 

@@ -34,7 +34,7 @@ _SHARE = 0.9  # of the free memory that a run may plan with
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Before the run; seconds rest on a product measured now."""
+    """Before the run; seconds rest on a product measured now, and leave out what compiling takes, once a run."""
 
     operations: float
     seconds: float
@@ -60,7 +60,7 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.operations / 1e12:.1f} TFLOP, about {_duration(self.seconds)}; "
+            f"{self.operations / 1e12:.1f} TFLOP, about {_duration(self.seconds)} beyond compiling; "
             f"memory {self.needed(on_disk=False) / 1e9:.1f} GB, {self.activation_bytes / 1e9:.1f} of them activations"
         )
 

@@ -40,7 +40,7 @@ def preset(name: str, shapes: Shapes) -> Recipe:
         InputError: there is no such preset; the message lists them.
     """
     if name not in PRESETS:
-        raise InputError(f"recipe {name!r}: neither a file nor a preset; presets: {', '.join(PRESETS)}")
+        raise InputError(f"recipe {name!r}: neither a file nor a preset of quantize, which are {', '.join(PRESETS)}")
     return PRESETS[name](shapes)
 
 

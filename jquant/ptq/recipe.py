@@ -168,7 +168,7 @@ def _rule_from_json(record: Any, what: str) -> Rule:
         raise InputError(f"{what}: is {record!r}; it must be a mapping with fields {', '.join(_FIELDS)}")
     unknown = [key for key in record if key not in _FIELDS]
     if unknown:
-        raise InputError(f"{what}: unknown field {unknown[0]!r}; there are {', '.join(_FIELDS)}")
+        raise InputError(f"{what}: unknown field {', '.join(map(repr, unknown))}; there are {', '.join(_FIELDS)}")
     for name in ("layers", "scheme"):
         if name not in record:
             raise InputError(f"{what}: field {name} is missing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
 from jquant.nn.surgery import Path
 from jquant.ptq.block import rule_needs_data, solve
+from jquant.ptq.data import Products
 from jquant.ptq.recipe import Rule
 
 EMBEDDING = "embed"
@@ -35,6 +36,14 @@ def check_rules(rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...
             abstract_solution(rule, shapes[path])
         except InputError as error:
             raise InputError(f"layer {path}: {error}") from error
+
+
+def check_products(products: str, rules: Mapping[Path, Rule]) -> None:
+    """Raises InputError where there are none of that dtype, or there would be none at all."""
+    if products not in get_args(Products):
+        raise InputError(f"products of {products!r}: there are {', '.join(get_args(Products))}")
+    if products != "float32" and not any(map(rule_needs_data, rules.values())):
+        raise InputError(f"products of {products}: no method of the recipe learns from data; leave it at float32")
 
 
 def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:

@@ -143,6 +143,11 @@ class Workdir:
         return found
 
     @property
+    def finished(self) -> int:
+        """How many parts are."""
+        return on_writer(lambda: len(list((self.path / _PARTS).glob("*.json"))))
+
+    @property
     def is_complete(self) -> bool:
         """Whether only the final name is missing."""
         return on_writer(lambda: (self.path / DESCRIPTION).exists())
@@ -201,7 +206,7 @@ def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any])
     for name in dict.fromkeys((*wanted, *found)):
         if found.get(name) != wanted.get(name):
             raise InputError(
-                f"{path}: holds an unfinished run with another {name} ({_short(found.get(name))} there, "
+                f"{path}: holds an unfinished run whose {name} differs ({_short(found.get(name))} there, "
                 f"{_short(wanted.get(name))} here); finish that one, or remove the folder"
             )
 

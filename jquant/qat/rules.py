@@ -127,7 +127,7 @@ def find_recipe(name: str) -> Recipe:
     if name in PRESETS:
         return PRESETS[name]
     if not FilePath(name).suffix and not FilePath(name).exists():
-        raise InputError(f"recipe {name!r} is neither a file nor a preset; there are {', '.join(PRESETS)}")
+        raise InputError(f"recipe {name!r} is neither a file nor a preset of qat, which are {', '.join(PRESETS)}")
     return read_recipe(name)
 
 
@@ -159,7 +159,7 @@ def _rule_from_json(record: Any, what: str) -> Rule:
         raise InputError(f"{what}: is {record!r}; it must be a mapping with fields {', '.join(names)}")
     unknown = [key for key in record if key not in names]
     if unknown:
-        raise InputError(f"{what}: unknown field {unknown[0]!r}; there are {', '.join(names)}")
+        raise InputError(f"{what}: unknown field {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
     for name in ("layers", "scheme"):
         if name not in record:
             raise InputError(f"{what}: field {name} is missing")

@@ -44,9 +44,13 @@ def test_a_mesh_by_name() -> None:
     assert mesh_text(mesh) == "data=2,tensor=4"
     assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 2
     assert mesh_for("fsdp=2").size == 2  # a part of the devices
-    for spec in ("model=2", "data=0", "data", "data=2,data=2", "data=2,", "data=2;fsdp=4"):
+    for spec in ("model=2", "data", "data=2,", "data=2;fsdp=4"):
         with pytest.raises(InputError, match=r"write axes of data, fsdp, tensor with their devices, as data=2,fsdp=4"):
             make_mesh(spec)
+    with pytest.raises(InputError, match=r"'fsdp=2,data=0': an axis has at least 1 device"):
+        make_mesh("fsdp=2,data=0")
+    with pytest.raises(InputError, match=r"'data=2,data=2': data stands there twice"):
+        make_mesh("data=2,data=2")
     with pytest.raises(InputError, match=r"'data=4,fsdp=4' asks for 16 devices, there are 8: .*choose sizes"):
         make_mesh("data=4,fsdp=4")
 

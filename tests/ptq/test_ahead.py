@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
+from jquant.ptq import layer_programs
+from jquant.ptq.activations import InMemory
+from jquant.ptq.ahead import Ahead
+from jquant.ptq.data import Data
 from jquant.ptq.pipeline import quantize_model
 from jquant.ptq.recipe import Recipe, Rule, Step
 from tests.tiny_checkpoint import tiny_model
@@ -22,6 +30,7 @@ WORKING = (
     "_rounded",
     "_difference",
     "_squares",
+    "_relative",
     "decoded",
     "_replay_output",
 )
@@ -49,3 +58,28 @@ def test_what_cannot_be_traced_is_refused_by_the_work_itself() -> None:
     tokens, mask = np.zeros((2, 8), np.int32), np.ones((2, 7), bool)
     with pytest.raises(InputError, match=r"blocks\.0\.attn\.q_proj: a mask of \(2, 7\)"):
         quantize_model(tiny_model(layers=1), recipe, [tokens], masks=[mask])
+
+
+def test_what_cannot_be_traced_keeps_nothing_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays go with the block, and do not wait for the collector."""
+
+    def fails(*arguments: Any) -> Any:
+        raise ValueError
+
+    monkeypatch.setattr(layer_programs, "traced_report", fails)
+    model = tiny_model(layers=1)
+    state = model.embed(jnp.zeros((2, 8), jnp.int32))
+    data = Data(
+        count=1, arguments=lambda batch: (state, model.contexts(8)[0]), mask=lambda batch: None, store=InMemory()
+    )
+    block = model.blocks[0]
+    rule = Rule(layers=(r"",), scheme="int4:g32", method=Step("gptq", ()))
+    weight = weakref.ref(block.attn.q_proj.weight.get_value())
+    gc.collect()
+    gc.disable()
+    try:
+        Ahead().start(block, [("attn.q_proj",)], {"attn.q_proj": rule}, data)
+        block.attn.q_proj.weight.set_value(jnp.zeros(()))
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -61,6 +61,7 @@ def test_short_recipes() -> None:
         ({"rule": []}, "one field, rules"),
         ({"rules": [{"layers": ["x"]}]}, "rule 1: field scheme is missing"),
         ({"rules": [{"layers": ["x"], "scheme": "int4", "methode": "rtn"}]}, "unknown field 'methode'"),
+        ({"rules": [{"layers": ["x"], "methode": "rtn", "bits": 4}]}, "unknown field 'methode', 'bits'; there are"),
         ({"rules": [{"layers": ["x"], "scheme": "int99"}]}, "rule x: .*int99"),
         ({"rules": [{"layers": ["x"], "scheme": "int4", "method": "gtpq"}]}, "unknown; there are rtn"),
         (
@@ -108,7 +109,7 @@ def test_the_medium_mix_is_llama_cpp_s() -> None:
 
 
 def test_presets_and_their_calibration() -> None:
-    with pytest.raises(InputError, match="neither a file nor a preset; presets: gptq-int4-g128"):
+    with pytest.raises(InputError, match="neither a file nor a preset of quantize, which are gptq-int4-g128"):
         find_recipe("gptq-int5", SHAPES)
     assert {name for name in PRESETS if calibrated(preset(name, SHAPES))} == {
         "gptq-int4-g128",

@@ -61,6 +61,7 @@ def test_rules_that_do_nothing_are_refused(rules: tuple[Rule, ...], message: str
         ([], "a recipe is a mapping with one field, rules"),
         ({"rules": [{"layers": ["a"]}]}, "r.yaml: rule 1: field scheme is missing"),
         ({"rules": [{"layers": ["a"], "scheme": "int4", "bits": 4}]}, "unknown field 'bits'; there are layers, scheme"),
+        ({"rules": [{"layers": ["a"], "bits": 4, "group": 8}]}, "unknown field 'bits', 'group'; there are layers"),
         ({"rules": [{"layers": 3, "scheme": "int4"}]}, "layers is 3; it must be a list of patterns"),
         ({"rules": [{"layers": ["a"], "scheme": 4}]}, "scheme is 4; it must be a spec string"),
         ({"rules": ["int4"]}, "is 'int4'; it must be a mapping"),
@@ -88,7 +89,7 @@ def test_rules_that_do_not_go_together(choices: dict[str, Any], message: str) ->
 
 
 def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a file nor a preset; there are int4-g128"):
+    with pytest.raises(InputError, match="neither a file nor a preset of qat, which are int4-g128"):
         find_recipe("int5")
     with pytest.raises(InputError, match=r"none.yaml: cannot be read"):
         read_recipe(tmp_path / "none.yaml")
