@@ -151,7 +151,7 @@ def finalize(state: GramState) -> Gram:
 
 def check(gram: Gram, what: str) -> None:
     """Raises InputError naming `what` where the data cannot serve: no rows, NaN or infinite, or all zero."""
-    finite, seen, live = _usable(gram)
+    finite, seen, live = usable(gram)
     if not bool(finite):
         reason = "no rows were seen" if not bool(seen) else "activations hold a NaN or an infinity"
         raise InputError(f"{what}: {reason}; give calibration text that the model handles")
@@ -160,7 +160,7 @@ def check(gram: Gram, what: str) -> None:
 
 
 @jax.jit
-def _usable(gram: Gram) -> tuple[Array, Array, Array]:
-    """Whether all is finite, rows were seen, and any input was other than 0."""
+def usable(gram: Gram) -> tuple[Array, Array, Array]:
+    """Whether all is finite, rows were seen, and any input was other than 0: the program of `check`."""
     live = jnp.any(jnp.diagonal(gram.matrix, axis1=-2, axis2=-1) > 0)
     return jnp.all(jnp.isfinite(gram.matrix)), jnp.all(gram.rows > 0), live

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from jquant.calib.gram import Gram, GramState
+from jquant.calib.gram import Gram, GramState, usable
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.nn.capture import traced_capture, traced_output, unread
@@ -26,6 +26,7 @@ from jquant.ptq import layer_programs
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
+from jquant.ptq.solver import is_finite
 from jquant.ptq.source import share
 from jquant.ptq.transforms import configured
 
@@ -107,9 +108,11 @@ def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
     rows = jax.eval_shape(lambda x: input_rows(layer, x), calls[0][0])
     size = rows.shape[-1]
     state = GramState(_float32(size, size), _float32())
+    finalized = layer_programs.finalize.trace(state)
     return [
         layer_programs.update.trace(state, rows, data.mask(0), dtype="bfloat16" if data.narrow else None),
-        layer_programs.finalize.trace(state),
+        finalized,
+        usable.trace(finalized.out_info),
     ]
 
 
@@ -124,7 +127,7 @@ def _of_solver(layer: nnx.Module, rule: Rule) -> tuple[list[Any], QTensor | None
     config = configured(SOLVERS, rule.method.name, rule.method.options)
     factorizing, solving = method.programs(weight, gram, scheme, config)
     report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram)
-    return [factorizing, solving, *report], solving.out_info.qtensor
+    return [is_finite.trace(weight), factorizing, solving, *report], solving.out_info.qtensor
 
 
 def _cores() -> int:

@@ -37,11 +37,10 @@ from jquant.kernels.gptq_block import Block, fits, round_block
 from jquant.ptq.cholesky import inverse_upper
 from jquant.ptq.gptq_columns import Columns, alive, columns_of, ordered, within
 from jquant.ptq.gptq_factor import Factor, GPTQConfig, factorize, traced_factorization
+from jquant.ptq.gptq_levels import divisor, levels_of, padded_group
 from jquant.ptq.gptq_ranges import Parameters, Plan, choose
 from jquant.ptq.solver import Solution
 
-_INNER = 16  # columns of the innermost part, which are compensated for each other one by one
-_BLOCKS = 8  # of columns that a kernel rounds, between products with all that was lost before
 _GATHERED = 4  # parts whose columns are gathered from W together: each time most of its memory is passed over
 _SPAN = 512  # errors that go into one product; those of longer stretches are summed
 
@@ -110,8 +109,8 @@ class _Problem(NamedTuple):
 
 def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
     rows, columns = w.shape
-    group = _padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
-    levels = _levels(group, columns, config, way)
+    group = padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
+    levels = levels_of(group, columns, config, way)
     width = -(-columns // levels[0]) * levels[0]
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
     halves = factor.halves
@@ -171,35 +170,6 @@ def _shares(halves: Array, size: int) -> Array:
     return jnp.tril(tiles).swapaxes(1, 2)
 
 
-def _levels(group: int, columns: int, config: GPTQConfig, way: dispatch.Way) -> tuple[int, ...]:
-    """Columns of ever smaller parts, each dividing the one before, the last 1.
-
-    Before a part is taken up it is compensated for all that was rounded so far, in one product. The parameters of a
-    group are chosen when a part of its size is; so it is a level, unless they are known beforehand.
-    """
-    if config.act_order == "static":
-        sizes = [config.block]
-    elif group <= config.block:
-        sizes = [config.block // group * group, group]
-    else:
-        sizes = [group, _divisor(group, config.block)]
-    if way != "jnp":
-        # Blocks are short there, and few large products beat many small ones: another level above.
-        blocks = -(-columns // sizes[0])
-        sizes = [sizes[0] * -(-blocks // -(-blocks // _BLOCKS)), *sizes]
-    return (*dict.fromkeys([*sizes, _divisor(sizes[-1], _INNER), 1]),)
-
-
-def _padded_group(group: int, columns: int, block: int) -> int:
-    """The group's width; where it is all columns, with so many of padding that blocks divide it."""
-    return -(-columns // block) * block if group == columns > block else group
-
-
-def _divisor(size: int, limit: int) -> int:
-    """The largest divisor of `size` up to `limit`."""
-    return next(part for part in range(min(limit, size), 0, -1) if size % part == 0)
-
-
 def _round_spans(
     problem: _Problem, state: _State, width: int, levels: tuple[int, ...], plan: Plan
 ) -> tuple[_Part, _State]:
@@ -257,7 +227,7 @@ def _round_columns(
     parts = length // size
     if here is not None:
         return jax.lax.fori_loop(0, parts, partial(one_part, problem), (nothing, state))
-    together = _divisor(parts, _GATHERED)
+    together = divisor(parts, _GATHERED)
 
     def one_stretch(index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
         begin = index * together
@@ -303,7 +273,7 @@ def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Ar
         left = jax.lax.dynamic_slice(errors, (begin, 0), (span, rows))
         return jnp.matmul(shares, left, precision=_precision(plan))
 
-    span = _divisor(length // size, max(1, _SPAN // size)) * size
+    span = divisor(length // size, max(1, _SPAN // size)) * size
     if span == length or plan.way != "jnp":  # a loop of unknown length would wait for the host at every turn
         return of_span(length, 0)
     return jax.lax.fori_loop(

@@ -48,10 +48,11 @@ def output_loss(
 
 def check_finite(weight: jax.Array, path: str) -> None:
     """Raises InputError naming the layer where its weight holds a NaN or an infinity."""
-    if not bool(_is_finite(weight)):
+    if not bool(is_finite(weight)):
         raise InputError(f"layer {path}: its weight holds a NaN or an infinity; weights must be finite")
 
 
 @jax.jit
-def _is_finite(weight: jax.Array) -> jax.Array:
+def is_finite(weight: jax.Array) -> jax.Array:
+    """The program of `check_finite`."""
     return jnp.all(jnp.isfinite(weight))

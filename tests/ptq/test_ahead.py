@@ -25,6 +25,8 @@ WORKING = (
     "_capture",
     "update",
     "finalize",
+    "usable",
+    "is_finite",
     "_factorized",
     "_solution",
     "_rounded",
