@@ -150,6 +150,7 @@ def _silence_runtime() -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 2)
     os.close(silence)
+    time.sleep(0.05)  # what another thread is writing there at this moment comes before our last line
 
 
 def _say_when_aborted(text: str) -> None:
