@@ -231,6 +231,7 @@ def _write(
         "calibration": definition["data"],  # what evaluation refuses to measure on
         "loss": definition["loss"],
         "training": config.as_json(),
+        "kernels": definition["kernels"],
         "jquant": __version__,
         "jax": jax.__version__,
     }

@@ -90,8 +90,8 @@ def quantize_checkpoint(
         if workdir.is_complete:  # an earlier run was stopped on its last step
             workdir.publish(out)
             return Coverage.from_json(read_json(out / "coverage.json"))
-        if workdir.finished:
-            on_resume(workdir.finished)
+        if finished := workdir.finished:
+            on_resume(finished)
         tokens = 0 if calibration is None else calibration.tokens.size
         expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize, mesh=mesh)
         on_estimate(expected)

@@ -57,14 +57,14 @@ def parse_mesh(spec: str) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for part in spec.split(",") if spec else ():
-        found = re.fullmatch(rf"\s*({'|'.join(AXES)})\s*=\s*([1-9][0-9]{{0,6}})\s*", part)
-        if found is not None and found[1] in sizes:
-            raise InputError(f"mesh {spec!r}: {found[1]} stands there twice; write one size for it")
-        if re.fullmatch(rf"\s*({'|'.join(AXES)})\s*=\s*0+\s*", part):
-            raise InputError(f"mesh {spec!r}: an axis has at least 1 device; leave out what is not to be cut")
+        found = re.fullmatch(rf"\s*({'|'.join(AXES)})\s*=\s*(0+|[1-9][0-9]{{0,6}})\s*", part)
         if found is None:
             raise InputError(f"mesh {spec!r}: write axes of {', '.join(AXES)} with their devices, as {_EXAMPLE}")
+        if found[1] in sizes:
+            raise InputError(f"mesh {spec!r}: {found[1]} stands there twice; write one size for it")
         sizes[found[1]] = int(found[2])
+        if not sizes[found[1]]:
+            raise InputError(f"mesh {spec!r}: an axis has at least 1 device; leave out what is not to be cut")
     return {axis: sizes[axis] for axis in AXES if axis in sizes}
 
 

@@ -144,7 +144,7 @@ class Workdir:
 
     @property
     def finished(self) -> int:
-        """How many parts are."""
+        """How many parts an earlier run, or this one, has finished."""
         return on_writer(lambda: len(list((self.path / _PARTS).glob("*.json"))))
 
     @property
