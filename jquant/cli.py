@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from jquant import programs
 from jquant.commands.consult import (
     advise_by_questions,
     advise_command,
@@ -68,6 +69,7 @@ def _reported(words: list[str]) -> int:
             from jquant.distributed import start
 
             start(config.hosts)
+        programs.keep()
         code = run(config)
     except InputError as error:
         if "jquant.distributed" in sys.modules:

@@ -56,7 +56,7 @@ def capturing(
     module: nnx.Module, paths: Sequence[Path], *, narrow: Sequence[Path] = ()
 ) -> Callable[[Arguments, Inputs], dict[Path, tuple[Arguments, ...]]]:
     """`capture` of many arguments: the module, as it is now, is taken apart once, which takes longer than a call."""
-    graphdef, state = nnx.split(module)
+    graphdef, state = _taken_apart(module, narrow)
     return lambda arguments, replay: _capture(graphdef, tuple(paths), tuple(narrow), state, arguments, dict(replay))
 
 
@@ -67,7 +67,7 @@ def replay_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -
 
 def replaying(module: nnx.Module, *, narrow: Sequence[Path] = ()) -> Callable[[Arguments, Inputs], Any]:
     """`replay_output` of many arguments, as `capturing`."""
-    graphdef, state = nnx.split(module)
+    graphdef, state = _taken_apart(module, narrow)
     return lambda arguments, replay: _replay_output(graphdef, tuple(narrow), state, arguments, dict(replay))
 
 
@@ -75,14 +75,36 @@ def traced_capture(
     module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs, narrow: Sequence[Path] = ()
 ) -> Any:
     """The program of `capture`, to be compiled beforehand; what is replayed may be abstract."""
-    graphdef, state = nnx.split(module)
+    graphdef, state = _taken_apart(module, narrow)
     return _capture.trace(graphdef, tuple(paths), tuple(narrow), state, arguments, dict(replay))
 
 
 def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs, narrow: Sequence[Path] = ()) -> Any:
     """That of `replay_output`."""
-    graphdef, state = nnx.split(module)
+    graphdef, state = _taken_apart(module, narrow)
     return _replay_output.trace(graphdef, tuple(narrow), state, arguments, dict(replay))
+
+
+def _taken_apart(module: nnx.Module, narrow: Sequence[Path]) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and state, where narrow layers' weights are rounded already: once, and not at every call."""
+    graphdef, state = nnx.split(module)
+    weights = tuple(f"{path}.weight." for path in narrow if isinstance(module_at(module, path), Linear))
+
+    def is_rounded(keys: Any, leaf: Any) -> bool:
+        return leaf.dtype == jnp.float32 and ".".join([*_names(keys), ""]).startswith(weights)
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    chosen = [is_rounded(keys, leaf) for keys, leaf in leaves]
+    wide = [leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True) if is_chosen]
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in wide)
+    rounded = iter(jax.eval_shape(_to_bfloat16, wide) if abstract else _to_bfloat16(wide))
+    found = [next(rounded) if is_chosen else leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True)]
+    return graphdef, jax.tree.unflatten(structure, found)
+
+
+@jax.jit
+def _to_bfloat16(weights: list[jax.Array]) -> list[jax.Array]:
+    return [weight.astype(jnp.bfloat16) for weight in weights]
 
 
 def unread(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs) -> tuple[Path, ...]:
@@ -99,11 +121,16 @@ def unread(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, r
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     of_layers: dict[Path, list[Any]] = {path: [] for path in paths}
     for (keys, _), variable in zip(leaves, jaxpr.invars, strict=False):  # the state's are the first
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]
+        names = _names(keys)
         for at in range(len(names)):
             if (path := ".".join(names[:at])) in of_layers:
                 of_layers[path].append(variable)
     return tuple(path for path, variables in of_layers.items() if variables and read.isdisjoint(variables))
+
+
+def _names(keys: Any) -> list[str]:
+    """Of a leaf of a state: those of the modules it lies in, and its own."""
+    return [str(getattr(key, "key", getattr(key, "name", key))) for key in keys]
 
 
 def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments) -> tuple[tuple[Path, ...], ...]:

@@ -70,6 +70,7 @@ def _at_once(a: Array) -> Array:
     return jnp.linalg.cholesky(a[::-1, ::-1], symmetrize_input=False)[::-1, ::-1].T
 
 
+@jax.jit  # lowered once, for all parts of a factor
 def inverse_upper(r: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """X = R⁻¹ of upper triangular matrices, in rows of blocks from the last: X_i = R_ii⁻¹·(I_i − Σ_{k>i} R_ik·X_k)."""
     size = r.shape[-1]

@@ -18,6 +18,7 @@ from jquant.core.scheme import Scheme
 from jquant.kernels import dispatch, range_search
 from jquant.ptq.gptq_columns import Columns, alive
 from jquant.ptq.gptq_factor import GPTQConfig
+from jquant.ptq.gptq_levels import divisor
 
 _TILES = 8192  # whose ranges are searched side by side: what is made of them stays in the cache
 
@@ -63,7 +64,8 @@ def choose(columns: Columns, importance: Array, group: int, outer: Array | None,
             interpret=plan.way == "interpret",
         )
         return _by_groups(found)
-    together = groups if plan.way != "jnp" else min(groups, -(-_TILES // -(-rows // tile_rows)))
+    # All at once, or so many that none remain: the search would be compiled once more for them.
+    together = groups if plan.way != "jnp" else divisor(groups, -(-_TILES // -(-rows // tile_rows)))
 
     def some(begin: Array | int, count: int) -> Parameters:
         weights = jax.lax.dynamic_slice_in_dim(importance, begin * group, count * group)
@@ -72,13 +74,9 @@ def choose(columns: Columns, importance: Array, group: int, outer: Array | None,
             values = jax.lax.optimization_barrier(values)
         return _choose_together(values, weights, group, tile_rows, outer, plan)
 
-    whole = groups // together
-    _, found = jax.lax.scan(lambda _, index: (None, some(index * together, together)), None, jnp.arange(whole))
-    found = jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), found)
-    if whole * together == groups:
-        return found
-    rest = some(whole * together, groups - whole * together)
-    return jax.tree.map(lambda *each: jnp.concatenate(each), found, rest)
+    stretches = jnp.arange(groups // together)
+    _, found = jax.lax.scan(lambda _, index: (None, some(index * together, together)), None, stretches)
+    return jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), found)
 
 
 def _choose_together(

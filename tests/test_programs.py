@@ -1,0 +1,76 @@
+"""Compiled programs are kept from one run of the command line to the next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from jquant import programs
+from jquant.cli import main
+
+NAMES = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs")
+COUNTS_HITS = """
+import jax, jax.numpy as jnp
+from jquant import programs
+folder, hits = programs.keep(), []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
+jax.jit(lambda x: jnp.sin(x) * 3 + 1)(jnp.ones(7))
+print(folder, sum(hits) > 0)
+"""
+
+
+@pytest.fixture
+def as_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """jax was told of no folder; afterwards it has what it had."""
+    before = {name: jax.config.values[name] for name in NAMES}
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_later_process_finds_them(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", COUNTS_HITS],
+            env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert [hit for _, hit in found] == ["False", "True"]
+    assert found[0][0] == found[1][0]
+    assert found[0][0].startswith(str(tmp_path / "jquant" / "programs"))
+
+
+@pytest.mark.usefixtures("as_of_a_user")
+def test_the_command_line_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["formats"]) == 0
+    assert jax.config.values["jax_compilation_cache_dir"].startswith(str(tmp_path / "jquant" / "programs"))
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("as_of_a_user")
+def test_where_they_go_and_where_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(programs.VARIABLE, "off")
+    assert programs.keep() is None
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(programs.VARIABLE, str(tmp_path / "file"))
+    assert programs.keep() is None  # no folder can be made there: a run goes on without
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    monkeypatch.setenv(programs.VARIABLE, str(tmp_path / "named"))
+    folder = programs.keep()
+    assert folder is not None
+    assert folder.parent == tmp_path / "named"
+    assert folder.is_dir()
+    assert programs.keep() is None, "jax was told of a folder already"
