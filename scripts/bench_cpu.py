@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 SIZE = 4096
 Row = dict[str, Any]
+Products = Literal["float32", "bfloat16"]
 
 
 def main() -> None:
@@ -54,7 +55,13 @@ def main() -> None:
     table: list[str] = []
     if arguments.only != "quantize":
         peer(arguments.compressor, "gptq-solve", "gptq-model", "--gguf", str(gguf))
-        table += _gptq_rows(ours("gptq-solve", pinned=False), ours("gptq-model", pinned=False), theirs)
+        solves, models = ours("gptq-solve", pinned=False), ours("gptq-model", pinned=False)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["JQUANT_PROGRAMS"] = folder
+            ours("gptq-first-run", pinned=False)
+            models |= ours("gptq-later-run", pinned=False)
+            del os.environ["JQUANT_PROGRAMS"]
+        table += _gptq_rows(solves, models, theirs)
         row = ours("gptq-six", pinned=False)
         table.append(f"six GPTQ schemes: {row['ratio']:.2f} × one ({row['one']:.1f} s); bar ≤ 2.5")
     if arguments.only == "gptq":
@@ -118,6 +125,7 @@ def _gptq_rows(solves: dict[str, Row], models: dict[str, Row], theirs: dict[str,
     return rows
 
 
+_PRODUCTS: tuple[Products, ...] = ("float32", "bfloat16")
 _GPTQ = {"plain": {"act_order": "none", "range": "minmax"}, "default": {}}
 
 
@@ -145,32 +153,46 @@ def _gptq_solve() -> dict[str, Row]:
 
 
 def _gptq_model() -> dict[str, Row]:
-    """All block layers of the demo model to int4 g64, 32 windows of 512 tokens.
+    """All block layers of the demo model to int4 g64, 32 windows of 512 tokens; each with all its compiling."""
+    return {
+        "plain": _whole_model(_GPTQ["plain"], "float32"),
+        "default": _whole_model({}, "float32"),
+        "bf16 products": _whole_model({}, "bfloat16"),
+    }
 
-    Each with all its compiling, which theirs has none of; and again, as a later run finds it that keeps programs
-    (JAX_COMPILATION_CACHE_DIR).
-    """
+
+def _gptq_first_run() -> Row:
+    """Leaves the programs of `_gptq_later_run` on disk, which are those of one block."""
+    for products in _PRODUCTS:
+        _whole_model({}, products, blocks=1)
+    return {}
+
+
+def _gptq_later_run() -> dict[str, Row]:
+    """What `_gptq_model` takes in a process that finds the programs of an earlier one, as the command line does."""
+    names = {"float32": "default, a later run", "bfloat16": "bf16 products, a later run"}
+    return {names[products]: _whole_model({}, products) for products in _PRODUCTS}
+
+
+def _whole_model(options: dict[str, str], products: Products, blocks: int | None = None) -> Row:
     import jax
     import numpy as np
+    from flax import nnx
 
     import jquant
+    from jquant import programs
 
+    if os.environ.get(programs.VARIABLE):
+        programs.keep()
+    jax.clear_caches()
     tokens = np.random.default_rng(0).integers(0, 49_152, (32, 1, 512)).astype(np.int32)
-    rows = {}
-    runs: list[tuple[str, dict[str, str], Literal["float32", "bfloat16"]]] = [
-        *((name, options, "float32") for name, options in _GPTQ.items()),
-        ("bf16 products", {}, "bfloat16"),
-    ]
-    for name, options, products in runs:
-        step = jquant.Step("gptq", tuple(options.items()))
-        recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g64", method=step),))
-        jax.clear_caches()
-        for title in (name, f"{name}, again") if name != "plain" else (name,):
-            model = jquant.load_model("demo")
-            start = time.perf_counter()
-            jquant.quantize_model(model, recipe, list(tokens), products=products)
-            rows[title] = {"milliseconds": (time.perf_counter() - start) * 1e3}
-    return rows
+    step = jquant.Step("gptq", tuple(options.items()))
+    recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g64", method=step),))
+    model = jquant.load_model("demo")
+    model.blocks = nnx.List(list(model.blocks)[:blocks])
+    start = time.perf_counter()
+    jquant.quantize_model(model, recipe, list(tokens), products=products)
+    return {"milliseconds": (time.perf_counter() - start) * 1e3}
 
 
 def _gptq_six() -> Row:
@@ -325,6 +347,8 @@ WORKS: dict[str, Callable[[], Any]] = {
     "decode": _decode,
     "gptq-solve": _gptq_solve,
     "gptq-model": _gptq_model,
+    "gptq-first-run": _gptq_first_run,
+    "gptq-later-run": _gptq_later_run,
     "gptq-six": _gptq_six,
     "smollm2": _smollm2,
     "load": _load,

@@ -73,6 +73,13 @@ class Ahead:
             executor.shutdown(wait=False)
 
 
+def narrow_until(group: Sequence[Path], rules: Mapping[Path, Rule], data: Data) -> tuple[Path, ...]:
+    """The narrow layers in a capture of the group's inputs: the group itself where only its products read them, and not
+    where inputs are quantized too, from float32."""
+    quantized = any(rules[path].activation is not None for path in group)
+    return tuple(path for path in data.narrow if not (quantized and path in group))
+
+
 def _traced(
     block: nnx.Module, groups: Sequence[Sequence[Path]], rules: Mapping[Path, Rule], data: Data
 ) -> Iterator[tuple[tuple[Stage, Path], list[Any]]]:
@@ -83,7 +90,8 @@ def _traced(
     variables = jax.tree.leaves(nnx.state(block), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     try:
         for group in groups:
-            captured = traced_capture(block, group[:1], data.arguments(0), replay=replay, narrow=data.narrow)
+            narrow = narrow_until(group, rules, data)
+            captured = traced_capture(block, group[:1], data.arguments(0), replay=replay, narrow=narrow)
             yield ("capture", group[0]), [captured]
             calls = captured.out_info[group[0]]
             replay |= dict.fromkeys(group, calls)

@@ -34,7 +34,7 @@ from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import static_parameters, w8a8_layer
 from jquant.ptq import layer_programs
-from jquant.ptq.ahead import Ahead
+from jquant.ptq.ahead import Ahead, narrow_until
 from jquant.ptq.coverage import LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
@@ -95,7 +95,7 @@ def quantize_block(
         statistics = None
         if data is not None:
             ahead.wait("capture", group[0])
-            _capture_inputs(block, group, replayed, data)
+            _capture_inputs(block, group, replayed, data, narrow=narrow_until(group, rules, data))
             replayed.extend(group)
             _pack_unread(block, packed, replayed, data)
             ahead.wait("gram", group[0])
@@ -162,9 +162,11 @@ def _transform(
     return reports
 
 
-def _capture_inputs(block: nnx.Module, group: Sequence[Path], replayed: Sequence[Path], data: Data) -> None:
+def _capture_inputs(
+    block: nnx.Module, group: Sequence[Path], replayed: Sequence[Path], data: Data, *, narrow: Sequence[Path]
+) -> None:
     """Puts the group's inputs into the store, once under each path."""
-    run = capturing(block, group[:1], narrow=data.narrow)
+    run = capturing(block, group[:1], narrow=narrow)
     for batch in range(data.count):
         calls = run(data.arguments(batch), _inputs(data, replayed, batch))[group[0]]
         for path in group:

@@ -15,7 +15,7 @@ import pytest
 from jquant.core.errors import InputError
 from jquant.ptq import layer_programs
 from jquant.ptq.activations import InMemory
-from jquant.ptq.ahead import Ahead
+from jquant.ptq.ahead import Ahead, narrow_until
 from jquant.ptq.data import Data
 from jquant.ptq.pipeline import quantize_model
 from jquant.ptq.recipe import Recipe, Rule, Step
@@ -38,20 +38,30 @@ WORKING = (
 )
 
 
-def test_nothing_is_compiled_twice(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_nothing_is_compiled_twice(products: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokens = np.random.default_rng(0).integers(0, 60, (2, 2, 16)).astype(np.int32)
     method = Step("gptq", (("range", "minmax"),))
     recipe = Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme="int4:g32", method=method),))
-    expected = quantize_model(tiny_model(layers=1), recipe, list(tokens))[1]
+    expected = quantize_model(tiny_model(layers=1), recipe, list(tokens), products=products)[1]
     jax.clear_caches()
     with caplog.at_level(logging.DEBUG, logger="jax"), jax.log_compiles():
-        found = quantize_model(tiny_model(layers=1), recipe, list(tokens))[1]
+        found = quantize_model(tiny_model(layers=1), recipe, list(tokens), products=products)[1]
     compiled = [(r.message.split()[4], r.threadName) for r in caplog.records if "XLA compilation of jit" in r.message]
     for name in WORKING:
         threads = {thread for program, thread in compiled if program == f"jit({name})"}
         assert threads, name
         assert all(str(thread).startswith("compile") for thread in threads), name
     assert [layer.error for layer in found.layers] == [layer.error for layer in expected.layers]
+
+
+def test_inputs_that_are_quantized_are_captured_in_float32() -> None:
+    weights = Rule(layers=("q",), scheme="int4:g32", method=Step("gptq", ()))
+    both = Rule(layers=("o",), scheme="int8:channel", method=Step("rtn", ()), activation="int8:token")
+    data = Data(count=1, arguments=lambda _: (), mask=lambda _: None, store=InMemory(), narrow=("q", "k", "o"))
+    rules = {"q": weights, "k": weights, "o": both}
+    assert narrow_until(("q", "k"), rules, data) == ("q", "k", "o")
+    assert narrow_until(("o",), rules, data) == ("q", "k")
 
 
 def test_what_cannot_be_traced_is_refused_by_the_work_itself() -> None:
