@@ -4,6 +4,8 @@
     python scripts/bench_gpu.py --only gptq,packed    # some of the works: see WORKS below
     python scripts/bench_gpu.py --small               # tiny sizes, to see on a CPU that it runs
 
+Compiling takes most of that: programs are kept (jquant/programs.py), and a second run takes half.
+
 Floors: bytes that must be moved over the bandwidth of a copy, operations over the rate of a matrix product, both
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
@@ -62,6 +64,7 @@ import numpy as np
 from flax import nnx
 
 import jquant
+from jquant import programs
 from jquant.calib import gram
 from jquant.core.qtensor import QTensor
 from jquant.kernels import dispatch
@@ -99,6 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     PLOT.extend([arguments.plot] if arguments.plot else [])
     chosen = list(WORKS) if arguments.only is None else arguments.only.split(",")
+    programs.keep()
     device = measured(small=arguments.small)
     rates = ", ".join(f"{name} {rate / 1e12:.0f}e12" for name, rate in device.rates.items())
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copy {device.bandwidth / 1e9:.0f} GB/s, {rates} /s")
@@ -224,17 +228,19 @@ def llama(device: Device, layers: int) -> Decoder:
 
 
 def pipeline(device: Device) -> None:
-    """GPTQ of a whole model, compiling included; nothing touches a disk."""
+    """GPTQ of a whole model, compiling included: kept programs are not looked for. Nothing touches a disk."""
     windows, length = (4, 64) if device.small else (128, 2048)
     model = llama(device, 32)
     tokens = np.random.default_rng(0).integers(0, 32000, (windows, length)).astype(np.int32)
     step = jquant.Step("gptq", (("range", "minmax"),))
     recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g128", method=step),))
     parts: list[float] = []
+    jax.config.update("jax_enable_compilation_cache", False)
     start = time.perf_counter()
     batches = list(tokens.reshape(-1, 4, length))
     jquant.quantize_model(model, recipe, batches, progress=lambda event: parts.append(event.seconds))
     took = time.perf_counter() - start
+    jax.config.update("jax_enable_compilation_cache", True)
     floor = 2 * windows * length * 218e6 * 32 * 1.3 / device.rates["bf16"]  # the walk, and Gram matrices by symmetry
     note = f"first block {parts[0]:.1f} s, then {statistics.median(parts[1:-1] or parts):.2f} s each"
     row(f"GPTQ of a model of Llama 3 8B's shape, {windows} × {length} tokens", took, floor, 60.0, note)
@@ -284,14 +290,18 @@ def chained(batch: int, apply: Callable[[jax.Array, Any], jax.Array], operands: 
     """
     x = jax.random.normal(jax.random.key(9), (batch, operands[0].shape[1]), BF16)
 
-    def turn(_: Any, x: jax.Array) -> jax.Array:
+    def turn(x: jax.Array, operands: list[Any]) -> jax.Array:
         for operand in operands:
             x = (0.01 * apply(x, operand)).astype(BF16)
         return x
 
     turns = 400 if batch <= 128 else 40  # some 30 ms
-    loop = jax.jit(lambda x: jax.lax.fori_loop(0, turns, turn, x, unroll=4 if batch <= 16 else 1))
-    return once(lambda: loop(x)) / turns / len(operands)
+
+    @jax.jit
+    def loop(x: jax.Array, operands: list[Any]) -> jax.Array:
+        return jax.lax.fori_loop(0, turns, lambda _, x: turn(x, operands), x, unroll=4 if batch <= 16 else 1)
+
+    return once(lambda: loop(x, operands)) / turns / len(operands)
 
 
 def w8a8(device: Device) -> None:

@@ -285,9 +285,10 @@ def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Ar
 
 
 def _precision(plan: Plan) -> jax.lax.PrecisionLike:
-    """On a GPU three products of TF32 are as exact as one of float32, and faster (2e-7 either, H100)."""
+    """On a GPU three products of bfloat16 parts: sums are 3e-5 off (float32's 2e-6) and a solution's error is the same to
+    six digits, in four fifths of the time that three products of TF32 take."""
     return (
-        jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
         if plan.way == "kernel" and dispatch.on_cuda()
         else jax.lax.Precision.HIGHEST
     )
