@@ -285,8 +285,8 @@ def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Ar
 
 
 def _precision(plan: Plan) -> jax.lax.PrecisionLike:
-    """On a GPU three products of bfloat16 parts: their sums are 3e-5 off (2e-6 of TF32's), a solution's error is the same
-    to six digits, and it takes four fifths of the time."""
+    """On a GPU three products of bfloat16 parts: their sums are 3e-5 off (2e-6 with TF32), a solution's error is the
+    same to six digits, and it takes four fifths of the time."""
     return (
         jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
         if plan.way == "kernel" and dispatch.on_cuda()
