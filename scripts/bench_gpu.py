@@ -404,9 +404,9 @@ WORKS: dict[str, Callable[[Device], None]] = {
     "fake-quant": fake_quant,
     "packed": packed,
     "w8a8": w8a8,
-    "crossover": crossover,
     "inference": inference,
     "pipeline": pipeline,
+    "crossover": crossover,
 }
 
 
