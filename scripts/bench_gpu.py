@@ -1,50 +1,50 @@
 """Times jquant on one GPU against what the device allows: each figure with its floor, what it is beside, and its bar.
 
-    python scripts/bench_gpu.py                       # everything, some ten minutes on an H100
+    python scripts/bench_gpu.py                       # everything: some ten minutes on an H100, then five
     python scripts/bench_gpu.py --only gptq,packed    # some of the works: see WORKS below
     python scripts/bench_gpu.py --small               # tiny sizes, to see on a CPU that it runs
 
-Compiling takes most of that: programs are kept (jquant/programs.py), and a second run takes half.
+Programs are kept (jquant/programs.py), so a second run compiles little.
 
 Floors: bytes that must be moved over the bandwidth of a copy, operations over the rate of a matrix product, both
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
 
-One H100 (80 GB HBM3, jax 0.11.2, 2026-11-26; copy 2,710 GB/s, bf16 762, int8 1,494, fp8 1,424 T/s), milliseconds, one
-run but for the rows with a letter: (a) the same machine right after it, since which products are timed over 30 ms and
-the start of a program no longer counts; (b) the run before, on the same day:
+One H100 (80 GB HBM3, jax 0.11.2, 2026-11-26; copy 2,670 GB/s, bf16 748, int8 1,443, fp8 1,428 T/s), milliseconds, all
+in one run of 265 s, which found most programs of an earlier one:
 
     work                                        took    floor     bar   what limits it
-    Gram matrix 131072 × 4096                   4.36     5.77     8     (symmetry: 5/8 of the products)
-    GPTQ 4096 × 4096, range of the weights      7.6               13    Cholesky 1.6, rounding, products of TF32 × 3
-      … default, range by the output            8.6               13
-    GPTQ 4096 in, 14336 out                     13.7              16    products 4.9, rounding 2.7, Cholesky 1.6
-      … default                                 15.8              16    and the search of the range 1.8
-    GPTQ 14336 in, 4096 out, and default        61.2 63.8         190   Cholesky 32
-    six schemes, 4096 in, 14336 out             5.49 × one        2.5   a factor is a tenth of a solution: little to
-                                                                        share
-    fake-quant int4 g128, 8192²                 0.097    0.099    0.108 memory
-    W8A8 int8, 8192³                            0.816    0.736    0.866 the product .73, codes .09
-    W8A8 fp8, 8192³                             0.837    0.772    0.909 likewise
-    int4 product 8192², batch 1 (a)             0.018    .013     .016  2.52 × bf16: kernel .0155, sums and order .0013,
-                                                                        and starting both
-      … batch 16 / 128 (a)                      .020 .035   .026 .058   2.63, 1.66 ×
-      … batch 2048 (a)                          .459     .357     .493  0.97 × (0.85 to 1.02 over runs; bar 0.9)
-    nf4, mxfp4 product, batch 1                 .023 .023         .030  levels by a table in shared memory; the bars
-    nvfp4 product, batch 1                      .026              .030  are 1.2 × int4's .025 of that run; where int4
-                                                                        took .020, nvfp4 took .025, and theirs is .024
-    fp8, int8 product, batch 1                  .033 .031 .025          bytes
-    a token of 8 blocks of 8B's shape, 1 row    bf16 3.13, int4 3.02, int8 3.91: starting kernels
-      … 16 rows                                 bf16 5.98, int4 4.66, int8 3.83
-      … memory                                  4.01 GB, 1.45, 2.27
-    GPTQ of a model of 8B's shape (b)           39.1 s   6.2 s    60 s  first block 11.6 (compiling), then 0.83
+    Gram matrix 131072 × 4096                   4.26     5.88     8     (symmetry: 5/8 of the products)
+    GPTQ 4096 × 4096, range of the weights      7.4               13    Cholesky 1.6, starting kernels
+      … default, range by the output            8.5               13
+    GPTQ 4096 in, 14336 out                     12.4              16    rounding 2.8, products of bfloat16 parts 2.6,
+      … default                                 13.7              16    Cholesky 1.6, the search of the range 1.5
+    GPTQ 14336 in, 4096 out, and default        58.9 60.0         190   Cholesky 32
+    six schemes, 4096 in, 14336 out             70.5              36    4.9 × one (bar 2.5): a factor is a fifth of one
+                                                                        solution, all else is done again
+    fake-quant int4 g128, 8192²                 0.102    0.100    0.108 memory
+    W8A8 int8, 8192³                            0.835    0.762    0.897 the product, codes .09
+    W8A8 fp8, 8192³                             0.864    0.770    0.906 likewise
+    int4 product 8192², batch 1                 0.018    .013     .016  2.49 × bf16 (2.49 to 2.63 over runs; bar 2.8):
+                                                                        kernel .0156, sums and order .0014, and
+                                                                        starting both
+      … batch 16 / 128                          .021 .036   .027 .060   2.55, 1.68 ×
+      … batch 2048                              .468     .367     .489  0.94 × (bar 0.9)
+    nf4, mxfp4 product, batch 1                 .021 .021         .022  levels by a table in shared memory
+    nvfp4 product, batch 1                      .023              .022  likewise, and four times as many scales
+    fp8, int8 product, batch 1                  .030 .029 .025          bytes
+    a token of 8 blocks of 8B's shape, 1 row    bf16 2.9, int4 4.0, int8 4.3, fp8 3.3: starting kernels; 3.0 to 4.0 over
+                                                runs with int4
+      … 16 rows                                 bf16 5.1, int4 3.3, int8 5.2, fp8 3.2
+      … memory                                  4.01 GB, 1.45, 2.27, 2.27
+    GPTQ of a model of 8B's shape               40.7 s   6.4 s    60 s  first block 12.4 (compiling), then 0.84
     training step: see scripts/bench_qat.py
 
-Rows of x at which int4's product is as fast as bf16's: as dispatched 2.26 2.51 2.51 2.11 1.76 1.56 1.08 .96 .93 .95 .95
-.92 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.00 .65 .68 .32 .31
-.33 .32 .44 .60 .76 .95 .94 × (`--only crossover`; experiments/packed_crossover.png; few rows as timed before (a)). In
-another run the kernel by itself had .94 × of bf16's speed at 3072 rows (decoded first .89), .95 at 4096 (.97), .90 at
-8192 (.98): it is used up to 3072. What limits GPTQ is of profiles of the same day.
+Rows of x at which int4's product is as fast as bf16's: as dispatched 2.53 2.72 2.65 2.41 2.29 1.68 1.16 1.04 1.04 1.01
+.91 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.05 .61 .63 .31
+.32 .32 .35 .51 .70 .82 .91 .95 × (experiments/packed_crossover.png is of an earlier run). In another run the kernel by
+itself had .94 × of bf16's speed at 3072 rows (decoded first .89), .95 at 4096 (.97), .90 at 8192 (.98): it is used up
+to 3072. What limits GPTQ is of a profile of the same day.
 """
 
 from __future__ import annotations
