@@ -22,7 +22,7 @@ def keep() -> Path | None:
 
     Returns:
         The folder; None where nothing is to be kept (JQUANT_PROGRAMS=off), where jax was told of a folder already
-        (JAX_COMPILATION_CACHE_DIR), and where it cannot be written.
+        (JAX_COMPILATION_CACHE_DIR), and where there is none to write to.
     """
     chosen = os.environ.get(VARIABLE, "")
     if chosen == "off":
@@ -31,10 +31,10 @@ def keep() -> Path | None:
 
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return None
-    folder = (Path(chosen) if chosen else _user_cache() / "jquant" / "programs") / _machine()
     try:
+        folder = (Path(chosen) if chosen else _user_cache() / "jquant" / "programs") / _machine()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # as where a user has no home
         return None
     if not os.access(folder, os.W_OK):
         return None
@@ -49,7 +49,7 @@ def _user_cache() -> Path:
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+        return Path(os.environ["LOCALAPPDATA"]) if "LOCALAPPDATA" in os.environ else Path.home() / "AppData" / "Local"
     return Path.home() / "Library" / "Caches" if sys.platform == "darwin" else Path.home() / ".cache"
 
 

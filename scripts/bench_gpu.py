@@ -62,6 +62,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 import jquant
 from jquant import programs
@@ -235,15 +236,21 @@ def pipeline(device: Device) -> None:
     step = jquant.Step("gptq", (("range", "minmax"),))
     recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g128", method=step),))
     parts: list[float] = []
-    jax.config.update("jax_enable_compilation_cache", False)
+    look_for_programs(False)
     start = time.perf_counter()
     batches = list(tokens.reshape(-1, 4, length))
     jquant.quantize_model(model, recipe, batches, progress=lambda event: parts.append(event.seconds))
     took = time.perf_counter() - start
-    jax.config.update("jax_enable_compilation_cache", True)
+    look_for_programs(True)
     floor = 2 * windows * length * 218e6 * 32 * 1.3 / device.rates["bf16"]  # the walk, and Gram matrices by symmetry
     note = f"first block {parts[0]:.1f} s, then {statistics.median(parts[1:-1] or parts):.2f} s each"
     row(f"GPTQ of a model of Llama 3 8B's shape, {windows} × {length} tokens", took, floor, 60.0, note)
+
+
+def look_for_programs(enabled: bool) -> None:
+    """Among kept ones; jax asks for that once, unless it is told to ask again."""
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
 
 
 def fake_quant(device: Device) -> None:

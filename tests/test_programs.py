@@ -25,6 +25,10 @@ print(folder, sum(hits) > 0)
 """
 
 
+def without_a_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 @pytest.fixture
 def as_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """jax was told of no folder; afterwards it has what it had."""
@@ -68,6 +72,10 @@ def test_where_they_go_and_where_not(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(programs.VARIABLE, str(tmp_path / "file"))
     assert programs.keep() is None  # no folder can be made there: a run goes on without
     assert jax.config.values["jax_compilation_cache_dir"] is None
+    monkeypatch.delenv(programs.VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", without_a_home)
+    assert programs.keep() is None
     monkeypatch.setenv(programs.VARIABLE, str(tmp_path / "named"))
     folder = programs.keep()
     assert folder is not None

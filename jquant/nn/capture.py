@@ -86,12 +86,16 @@ def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs, n
 
 
 def _taken_apart(module: nnx.Module, narrow: Sequence[Path]) -> tuple[nnx.GraphDef, nnx.State]:
-    """Structure and state, where narrow layers' weights are rounded already: once, and not at every call."""
+    """Structure and state, where narrow layers' weights are rounded already: once, and not at every call.
+
+    A weight that a narrow layer shares with another one is rounded for both.
+    """
     graphdef, state = nnx.split(module)
     weights = tuple(f"{path}.weight." for path in narrow if isinstance(module_at(module, path), Linear))
 
     def is_rounded(keys: Any, leaf: Any) -> bool:
-        return leaf.dtype == jnp.float32 and ".".join([*_names(keys), ""]).startswith(weights)
+        inside = ".".join([*_names(keys), ""]).startswith(weights)
+        return inside and getattr(leaf, "dtype", None) == jnp.float32  # a state may hold plain numbers
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     chosen = [is_rounded(keys, leaf) for keys, leaf in leaves]

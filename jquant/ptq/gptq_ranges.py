@@ -18,7 +18,6 @@ from jquant.core.scheme import Scheme
 from jquant.kernels import dispatch, range_search
 from jquant.ptq.gptq_columns import Columns, alive
 from jquant.ptq.gptq_factor import GPTQConfig
-from jquant.ptq.gptq_levels import divisor
 
 _TILES = 8192  # whose ranges are searched side by side: what is made of them stays in the cache
 
@@ -64,8 +63,10 @@ def choose(columns: Columns, importance: Array, group: int, outer: Array | None,
             interpret=plan.way == "interpret",
         )
         return _by_groups(found)
-    # All at once, or so many that none remain: the search would be compiled once more for them.
-    together = groups if plan.way != "jnp" else divisor(groups, -(-_TILES // -(-rows // tile_rows)))
+    most = groups if plan.way != "jnp" else -(-_TILES // -(-rows // tile_rows))
+    stretches = -(-groups // most)
+    together = -(-groups // stretches)
+    again = stretches * together - groups  # the last stretch begins so many groups earlier: one program searches all
 
     def some(begin: Array | int, count: int) -> Parameters:
         weights = jax.lax.dynamic_slice_in_dim(importance, begin * group, count * group)
@@ -74,9 +75,13 @@ def choose(columns: Columns, importance: Array, group: int, outer: Array | None,
             values = jax.lax.optimization_barrier(values)
         return _choose_together(values, weights, group, tile_rows, outer, plan)
 
-    stretches = jnp.arange(groups // together)
-    _, found = jax.lax.scan(lambda _, index: (None, some(index * together, together)), None, stretches)
-    return jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), found)
+    begins = jnp.minimum(jnp.arange(stretches) * together, groups - together)
+    _, found = jax.lax.scan(lambda _, begin: (None, some(begin, together)), None, begins)
+    found = jax.tree.map(lambda each: each.reshape(-1, each.shape[-1]), found)
+    if not again:
+        return found
+    known = groups - together + again  # of all stretches but the last
+    return jax.tree.map(lambda each: jnp.concatenate([each[:known], each[known + again :]]), found)
 
 
 def _choose_together(

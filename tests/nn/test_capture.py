@@ -101,3 +101,15 @@ def test_what_only_narrow_products_read_is_kept_rounded() -> None:
     again = capture(BLOCK, ("o",), CALL, replay=narrow, narrow=("v",))["o"][0][0]
     assert again.dtype == jnp.float32
     np.testing.assert_array_equal(again, capture(BLOCK, ("o",), CALL, replay=wide, narrow=("v",))["o"][0][0])
+
+
+def test_a_state_may_hold_plain_numbers() -> None:
+    class Counting(Block):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            super().__init__(rngs)
+            self.count = nnx.Variable(3)
+
+    module = Counting(nnx.Rngs(0))
+    for narrow in ((), ("v",)):
+        found = capture(module, ("o",), CALL, narrow=narrow)["o"]
+        np.testing.assert_array_equal(found, capture(BLOCK, ("o",), CALL, narrow=narrow)["o"])

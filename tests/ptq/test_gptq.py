@@ -14,7 +14,7 @@ from jquant.calib import gram
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
-from jquant.ptq import cholesky, gptq, gptq_factor, layer_programs, rtn
+from jquant.ptq import cholesky, gptq, gptq_factor, gptq_ranges, layer_programs, rtn
 from jquant.ptq.cholesky import cholesky_below
 from jquant.ptq.gptq import GPTQConfig
 from tests.jitted import dequantize, quantize
@@ -203,6 +203,19 @@ def _assert_same(found: QTensor, expected: QTensor) -> None:
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         summed = ours is found.stored.offset or ours is found.stored.scale2
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=loose if summed else 0)
+
+
+def test_ranges_are_the_same_however_many_are_searched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven groups: all at once, in fours and in twos, the last of which begin a group earlier."""
+    rng = np.random.default_rng(0)
+    known = gram.finalize(gram.update(gram.init(176), jnp.asarray(rng.standard_normal((300, 176)), jnp.float32)))
+    weight, found = jnp.asarray(rng.standard_normal((64, 176)), jnp.float32), []
+    for together in (8192, 64 * 5, 64 * 2):
+        monkeypatch.setattr(gptq_ranges, "_TILES", together)
+        jax.clear_caches()
+        found.append(gptq.solve(weight, known, scheme("int4:g16:asym")).qtensor)
+    for each in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, each, found[0])
 
 
 def test_dead_inputs_become_zero() -> None:
