@@ -163,6 +163,9 @@ def _gptq_model() -> dict[str, Row]:
 
 def _gptq_first_run() -> Row:
     """Leaves the programs of `_gptq_later_run` on disk, which are those of one block."""
+    from jquant import programs
+
+    programs.keep()
     for products in _PRODUCTS:
         _whole_model({}, products, blocks=1)
     return {}
@@ -170,6 +173,9 @@ def _gptq_first_run() -> Row:
 
 def _gptq_later_run() -> dict[str, Row]:
     """What `_gptq_model` takes in a process that finds the programs of an earlier one, as the command line does."""
+    from jquant import programs
+
+    programs.keep()
     names = {"float32": "default, a later run", "bfloat16": "bf16 products, a later run"}
     return {names[products]: _whole_model({}, products) for products in _PRODUCTS}
 
@@ -180,10 +186,7 @@ def _whole_model(options: dict[str, str], products: Products, blocks: int | None
     from flax import nnx
 
     import jquant
-    from jquant import programs
 
-    if os.environ.get(programs.VARIABLE):
-        programs.keep()
     jax.clear_caches()
     tokens = np.random.default_rng(0).integers(0, 49_152, (32, 1, 512)).astype(np.int32)
     step = jquant.Step("gptq", tuple(options.items()))

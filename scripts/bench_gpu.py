@@ -31,7 +31,7 @@ in one run of 265 s, which found most programs of an earlier one:
       … batch 16 / 128                          .021 .036   .027 .060   2.55, 1.68 ×
       … batch 2048                              .468     .367     .489  0.94 × (bar 0.9)
     nf4, mxfp4 product, batch 1                 .021 .021         .022  levels by a table in shared memory
-    nvfp4 product, batch 1                      .023              .022  likewise, and four times as many scales
+    nvfp4 product, batch 1                      .023              .022  likewise, and a scale every 16 weights
     fp8, int8 product, batch 1                  .030 .029 .025          bytes
     a token of 8 blocks of 8B's shape, 1 row    bf16 2.9, int4 4.0, int8 4.3, fp8 3.3: starting kernels; 3.0 to 4.0 over
                                                 runs with int4

@@ -35,13 +35,14 @@ def as_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     before = {name: jax.config.values[name] for name in NAMES}
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(programs.VARIABLE, raising=False)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
 
 
 def test_a_later_process_finds_them(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "JQUANT_"))}
     found = [
         subprocess.run(
             [sys.executable, "-c", COUNTS_HITS],

@@ -7,7 +7,7 @@ is computed from approximate quotients: at a tie both neighbours lose the same, 
 and another range is chosen only where two are equally good.
 
 What lies beyond the levels of a range is missed by that much, and by more in every narrower one: once that alone loses
-more than the best try did, a group is done, and a program when all its groups are. Of 80 tries some 35 are made.
+more than the best try did, a group is done, and a program when all its groups are.
 """
 
 from __future__ import annotations
