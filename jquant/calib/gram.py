@@ -20,14 +20,21 @@ from jquant.core.errors import InputError
 from jquant.core.symmetric import mirrored
 
 _STRIPS, _WORTH_STRIPS = 4, 512  # at 576 strips take 0.73 of the time (one core); narrower products lose speed
-_WORTH_TILES = 2048
+_WORTH_TURNS = 2048
 _STRETCH = 256  # rows of an expert in one product
 
 
-class GramState(NamedTuple):
-    """Sums so far, float32."""
+_Strips = tuple[Array, ...]
 
-    products: Float[Array, "*experts in in"]  # Σ xᵀx on and above the diagonal; below, what costs nothing
+
+class GramState(NamedTuple):
+    """Sums so far, float32.
+
+    Σ xᵀx on and above the diagonal, in strips of rows that begin at it: 5/8 of the matrix. Each an array of its own: a
+    CPU adds to a part of an array with one core.
+    """
+
+    strips: tuple[Float[Array, "*experts strip from_diagonal"], ...]
     rows: Float[Array, "*experts"]
 
 
@@ -49,7 +56,14 @@ class OrderedGram(NamedTuple):
 def init(dim: int, experts: int | None = None) -> GramState:
     """Nothing seen yet; with `experts` one matrix for each."""
     batch = () if experts is None else (experts,)
-    return GramState(jnp.zeros((*batch, dim, dim), jnp.float32), jnp.zeros(batch, jnp.float32))
+    strips = tuple(jnp.zeros((*batch, end - begin, dim - begin), jnp.float32) for begin, end in _strips(dim))
+    return GramState(strips, jnp.zeros(batch, jnp.float32))
+
+
+def _strips(dim: int) -> list[tuple[int, int]]:
+    """Where each begins and ends."""
+    tile = -(-dim // _STRIPS) if dim >= _WORTH_STRIPS else max(1, dim)
+    return [(begin, min(begin + tile, dim)) for begin in range(0, dim, tile)]
 
 
 def update(state: GramState, x: Float[Array, "*batch in"], mask: Bool[Array, "*batch"] | None = None) -> GramState:
@@ -65,7 +79,7 @@ def update(state: GramState, x: Float[Array, "*batch in"], mask: Bool[Array, "*b
     if mask is not None:
         keep = mask.reshape(-1)
         rows, count = jnp.where(keep[:, None], rows, 0), jnp.sum(keep, dtype=jnp.float32)
-    return GramState(_add_products(state.products, rows), state.rows + count)
+    return GramState(_add_products(state.strips, rows), state.rows + count)
 
 
 def update_grouped(state: GramState, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> GramState:
@@ -76,66 +90,46 @@ def update_grouped(state: GramState, x: Float[Array, "rows in"], counts: Int[Arr
     stretch = min(len(x), _STRETCH)
     padded = jnp.pad(x, ((0, stretch), (0, 0)))
 
-    def one_expert(carry: None, expert: tuple[Array, Array, Array]) -> tuple[None, Array]:
-        products, begin, count = expert
+    def one_expert(carry: None, expert: tuple[_Strips, Array, Array]) -> tuple[None, _Strips]:
+        strips, begin, count = expert
 
-        def one_stretch(index: Array, products: Array) -> Array:
+        def one_stretch(index: Array, strips: _Strips) -> _Strips:
             rows = jax.lax.dynamic_slice_in_dim(padded, begin + index * stretch, stretch, axis=0)
             own = index * stretch + jnp.arange(stretch) < count
-            return _add_products(products, jnp.where(own[:, None], rows, 0))
+            return _add_products(strips, jnp.where(own[:, None], rows, 0))
 
-        return carry, jax.lax.fori_loop(0, -(-count // stretch), one_stretch, products)
+        return carry, jax.lax.fori_loop(0, -(-count // stretch), one_stretch, strips)
 
     begins = jnp.cumsum(counts) - counts
-    _, products = jax.lax.scan(one_expert, None, (state.products, begins, counts))
-    return GramState(products, state.rows + counts)
+    _, strips = jax.lax.scan(one_expert, None, (state.strips, begins, counts))
+    return GramState(strips, state.rows + counts)
 
 
-def _add_products(products: Float[Array, "in in"], rows: Float[Array, "rows in"]) -> Float[Array, "in in"]:
-    """Adds xᵀx on and above the diagonal: in four parts 5/8 of the multiplications."""
-    if rows.shape[1] >= _WORTH_TILES:
-        return jax.lax.platform_dependent(products, rows, cpu=_add_tiles, default=_add_strips)
-    if rows.dtype == jnp.bfloat16:
-        return jax.lax.platform_dependent(products, rows, cpu=_add_turned_products, default=_add_strips)
-    return _add_strips(products, rows)
+def _add_products(strips: _Strips, rows: Float[Array, "rows in"]) -> _Strips:
+    """Adds xᵀx on and above the diagonal: in four strips 5/8 of the multiplications."""
+    return jax.lax.platform_dependent(strips, rows, cpu=_add_on_cpu, default=_add_strips)
 
 
-def _add_turned_products(products: Array, rows: Array) -> Array:
-    """With xᵀ in memory: only of rows by columns has a CPU fast products of bfloat16 (2.7 times those of columns)."""
-    return _add_strips(products, rows, jax.lax.optimization_barrier(rows.T))
+def _add_on_cpu(strips: _Strips, rows: Array) -> _Strips:
+    """With xᵀ in memory where it is bfloat16: only of rows by columns has a CPU fast products of that (2.7 times those
+    of columns)."""
+    turned = jax.lax.optimization_barrier(rows.T) if rows.dtype == jnp.bfloat16 else None
+    return _add_strips(strips, rows, turned, in_turn=rows.shape[1] >= _WORTH_TURNS)
 
 
-def _add_strips(products: Array, rows: Array, turned: Array | None = None) -> Array:
-    """By strips that begin at the diagonal. XLA on CPU makes all of them before it adds the first."""
-    dim = rows.shape[1]
-    tile = -(-dim // _STRIPS) if dim >= _WORTH_STRIPS else dim
-    for begin in range(0, dim, tile):
-        left = rows[:, begin : begin + tile] if turned is None else turned[begin : begin + tile]
-        strip = _product(left, rows[:, begin:], "ri,rj->ij" if turned is None else "ir,rj->ij")
-        products = products.at[begin : begin + tile, begin:].add(strip)
-    return products
-
-
-def _add_tiles(products: Array, rows: Array) -> Array:
-    """By tiles, one after another: the memory of one beside the sums, and the same bits."""
-    dim = rows.shape[1]
-    tile = -(-dim // _STRIPS)
-
-    def one(products: Array, place: Array) -> tuple[Array, None]:
-        begins = jnp.minimum(place * tile, dim - tile)  # the last may begin earlier, and leaves out what is another's
-        left, right = (jax.lax.dynamic_slice_in_dim(rows, begin, tile, axis=1) for begin in begins)
-        found = _product(left, right)
-        row, column = (begins[:, None] + jnp.arange(tile) >= place[:, None] * tile)[:, :, None]
-        found += jax.lax.dynamic_slice(products, begins, found.shape)
-        found = jnp.where(row & column.T, found, jax.lax.dynamic_slice(products, begins, found.shape))
-        return jax.lax.dynamic_update_slice(products, found, begins), None
-
-    places = [(row, column) for row in range(_STRIPS) for column in range(row, _STRIPS)]
-    return jax.lax.scan(one, products, jnp.asarray(places))[0]
-
-
-def _product(left: Array, right: Array, equation: str = "ri,rj->ij") -> Array:
-    return jnp.einsum(equation, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def _add_strips(strips: _Strips, rows: Array, turned: Array | None = None, *, in_turn: bool = False) -> _Strips:
+    """`in_turn`, no product is made before the one before it was added: XLA on CPU would keep all of them."""
+    found: list[Array] = []
+    for strip, (begin, end) in zip(strips, _strips(rows.shape[1]), strict=True):
+        if in_turn and found:
+            rows, turned, found[-1] = jax.lax.optimization_barrier((rows, turned, found[-1]))
+        left = rows[:, begin:end] if turned is None else turned[begin:end]
+        equation = "ri,rj->ij" if turned is None else "ir,rj->ij"
+        exact = jax.lax.Precision.HIGHEST
+        found.append(
+            strip + jnp.einsum(equation, left, rows[:, begin:], precision=exact, preferred_element_type=jnp.float32)
+        )
+    return tuple(found)
 
 
 def merge(*states: GramState) -> GramState:
@@ -146,7 +140,11 @@ def merge(*states: GramState) -> GramState:
 def finalize(state: GramState) -> Gram:
     """H; NaN where no row was seen, but 0 for an expert that no row reached."""
     rows = jnp.maximum(state.rows, 1) if state.rows.ndim else state.rows
-    return Gram(mirrored(state.products * (2 / rows)[..., None, None]), state.rows)
+    dim = state.strips[0].shape[-1]
+    matrix = jnp.zeros((*state.rows.shape, dim, dim), jnp.float32)
+    for strip, (begin, end) in zip(state.strips, _strips(dim), strict=True):
+        matrix = matrix.at[..., begin:end, begin:].set(strip * (2 / rows)[..., None, None])
+    return Gram(mirrored(matrix), state.rows)
 
 
 def check(gram: Gram, what: str) -> None:

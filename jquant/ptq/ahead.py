@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Literal
 
 import jax
 from flax import nnx
 
-from jquant.calib.gram import Gram, GramState, usable
+from jquant.calib import gram
+from jquant.calib.gram import Gram, usable
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.nn.capture import traced_capture, traced_output, unread
@@ -115,7 +117,7 @@ def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
         return []
     rows = jax.eval_shape(lambda x: input_rows(layer, x), calls[0][0])
     size = rows.shape[-1]
-    state = GramState(_float32(size, size), _float32())
+    state = jax.eval_shape(partial(gram.init, size))
     finalized = layer_programs.finalize.trace(state)
     return [
         layer_programs.update.trace(state, rows, data.mask(0), dtype="bfloat16" if data.narrow else None),
@@ -131,9 +133,9 @@ def _of_solver(layer: nnx.Module, rule: Rule) -> tuple[list[Any], QTensor | None
     if method.programs is None or weight.ndim != 2:
         return [], None
     scheme, size = parse_scheme(rule.scheme or ""), weight.shape[1]
-    gram = Gram(_float32(size, size), _float32())
+    known = Gram(_float32(size, size), _float32())
     config = configured(SOLVERS, rule.method.name, rule.method.options)
-    factorizing, solving = method.programs(weight, gram, scheme, config)
+    factorizing, solving = method.programs(weight, known, scheme, config)
     report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram)
     return [is_finite.trace(weight), factorizing, solving, *report], solving.out_info.qtensor
 

@@ -22,7 +22,7 @@ def update(state: GramState, rows: jax.Array, mask: jax.Array | None, dtype: str
     return gram.update(state, rows if dtype is None else rows.astype(dtype), mask)
 
 
-finalize = jax.jit(gram.finalize, donate_argnums=0)
+finalize = jax.jit(gram.finalize)
 
 
 @jax.jit
