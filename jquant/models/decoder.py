@@ -138,6 +138,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         self.softcap = config.attention_softcap
+        self.factors: DTypeLike | None = None  # of the products of heads: nn/capture.py
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         bias = config.qkv_bias
         self.q_proj = Linear(config.hidden_size, queries, use_bias=bias, dtype=dtype, rngs=rngs)
@@ -149,8 +150,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch time hidden"], context: Context) -> Float[Array, "batch time hidden"]:
         queries, keys, values = self._project(x, context)
-        attended = attend_causal(queries, keys, values, context.mask, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(_merge_heads(attended))
+        heads = [each if self.factors is None else each.astype(self.factors) for each in (queries, keys, values)]
+        attended = attend_causal(*heads, context.mask, scale=self.scale, softcap=self.softcap)
+        return self.o_proj(_merge_heads(attended).astype(values.dtype))
 
     def step(
         self, x: Float[Array, "batch time hidden"], context: Context, cache: Cache

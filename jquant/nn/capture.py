@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,13 @@ from jquant.nn.surgery import Path, module_at, replace
 
 Arguments = tuple[Any, ...]  # arrays and pytrees that a module is called with
 Inputs = Mapping[Path, tuple[Arguments, ...]]  # of each captured module what it was called with, call by call
+
+
+@runtime_checkable
+class Multiplies(Protocol):
+    """A module that multiplies what its linear layers give, as attention does."""
+
+    factors: DTypeLike | None  # what the factors of its products are rounded to; None: as they are
 
 
 def capture(
@@ -44,7 +51,8 @@ def capture(
         arguments: of the call.
         replay: inputs that some modules take in place of those that the call would give them.
         narrow: linear layers (`Linear`) that round both factors of their product to bfloat16 where it is of float32;
-            its sums, and what it gives, stay float32. What they are called with is returned rounded.
+            its sums, and what it gives, stay float32. What they are called with is returned rounded. So does attention
+            (`Multiplies`) all of whose layers are named.
 
     Raises:
         InputError: a path names no module, or one that is not called.
@@ -205,6 +213,7 @@ def _record(
     """Output and calls, under a trace: the module is a fresh one, so taps may stand in it."""
     module, tape = nnx.merge(graphdef, state), _Tape(replay)
     linear = {path: layer for path in narrow if isinstance(layer := module_at(module, path), Linear)}
+    _narrow_between(module, linear)
     replace(module, {path: _Narrow(layer) for path, layer in linear.items()})
     taps = {path: _Tap(module_at(module, path), path, tape) for path in dict.fromkeys((*paths, *replay))}
     # Inner modules first: a path through a replaced parent would lead into the tap.
@@ -218,6 +227,14 @@ def _record(
             )
     calls = {path: tape.calls[path] for path in tape.calls if path in paths}
     return output, {path: [_rounded(call) for call in each] if path in linear else each for path, each in calls.items()}
+
+
+def _narrow_between(module: nnx.Module, linear: Mapping[Path, Linear]) -> None:
+    for parent in dict.fromkeys(path.rpartition(".")[0] for path in linear):
+        around = module_at(module, parent) if parent else module
+        layers = [layer for layer in vars(around).values() if isinstance(layer, Linear)]
+        if isinstance(around, Multiplies) and all(any(layer is one for one in linear.values()) for layer in layers):
+            around.factors = jnp.bfloat16
 
 
 class _Tape:
