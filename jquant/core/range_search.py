@@ -20,12 +20,12 @@ from jaxtyping import Array, Float32, Int32
 
 from jquant.core.division import exact_ratio, whole_ratio
 from jquant.core.errors import InputError
-from jquant.core.formats import Int
+from jquant.core.formats import Element, Int
 from jquant.core.qtensor import Parameters, TileRange, parameters_of_range, tile_range
 from jquant.core.scales import DoubleQuantizedScale, FloatScale, NestedScale
 from jquant.core.scheme import Scheme
 
-_TOGETHER = 16  # ranges tried side by side
+_TOGETHER = 20  # ranges tried side by side
 _LONG = 1024  # tiles, or pieces of tiles, that make a row long enough
 
 
@@ -88,8 +88,22 @@ def search_parameters(
         least, chosen = best
         return jnp.minimum(error, least), jnp.where(error < least, factors.reshape(-1)[here], chosen)
 
+    def some_more(state: tuple[Array, Array, tuple[Array, Array]]) -> tuple[Array, Array, tuple[Array, Array]]:
+        index, _, best = state
+        best = some(index, best)
+        factor = factor_of_step(index * tries + tries - 1, config).reshape(-1, *(1,) * span.high.ndim)
+        found = parameters_of_range(shrunk(span, factor), plain)
+        beyond = _errors(tiles, importance, found, plain, config.exponent, beyond_levels=True)
+        # Sums are taken as those of tries are, so that no more than a few last bits lie between them.
+        return index + 1, jnp.any(~((beyond[0] > 1.001 * best[0]) | (best[0] == 0))), best
+
     start = (jnp.full_like(span.high, jnp.inf), jnp.ones_like(span.high))
-    _, chosen = jax.lax.fori_loop(0, -(-count // tries), some, start)
+    stretches = -(-count // tries)
+    if plain.scale == FloatScale():
+        state = (jnp.int32(0), jnp.bool(True), start)
+        _, _, (_, chosen) = jax.lax.while_loop(lambda state: (state[0] < stretches) & state[1], some_more, state)
+    else:  # rounded, scales of narrower ranges may be wider
+        _, chosen = jax.lax.fori_loop(0, stretches, some, start)
     return parameters_of_range(shrunk(span, chosen), scheme, outer=outer)
 
 
@@ -117,9 +131,18 @@ def shrunk(span: TileRange, factor: Float32[Array, "..."]) -> TileRange:
 
 
 def _errors(
-    tiles: Array, importance: Array | None, found: Parameters, scheme: Scheme, exponent: float
+    tiles: Array,
+    importance: Array | None,
+    found: Parameters,
+    scheme: Scheme,
+    exponent: float,
+    *,
+    beyond_levels: bool = False,
 ) -> Float32[Array, "tries *batch r c"]:
     """Σ h·|x − x̂|^p of every tile, for each of several parameters [tries, …].
+
+    `beyond_levels`, what no narrower range loses less than: x̂ is x where that lies between the least and the largest
+    value of the format, or with a zero point, which is rounded, a step beyond.
 
     Goes from element to element, with all tiles and tries side by side: that is a plain loop over long rows, where sums
     along short tiles would be taken number by number. Few large tiles are cut into pieces that stand side by side.
@@ -141,7 +164,9 @@ def _errors(
 
     def one(index: Array, total: Array) -> Array:
         x = jax.lax.dynamic_slice_in_dim(elements, index, 1)
-        if isinstance(scheme.element, Int):
+        if beyond_levels:
+            value = jnp.clip(x, *_ends(scheme.element, scale, zero))
+        elif isinstance(scheme.element, Int):
             value = scheme.element.clip(whole_ratio(x, scale), zero) * scale
         else:
             value = scheme.element.round(exact_ratio(x, scale)) * scale
@@ -152,6 +177,16 @@ def _errors(
 
     total = jax.lax.fori_loop(0, len(elements), one, jnp.zeros_like(scale))
     return jnp.sum(total.reshape(-1, pieces, count), axis=1).reshape(-1, *shape)
+
+
+def _ends(element: Element, scale: Array, zero: Array | None) -> tuple[Array, Array]:
+    """The least and the largest value; with a zero point a step beyond either."""
+    far = jnp.float32(1e30)
+    if isinstance(element, Int):
+        low, high = (element.clip(jnp.full_like(scale, end), zero) * scale for end in (-far, far))
+    else:
+        low, high = (element.round(jnp.full_like(scale, end)) * scale for end in (-far, far))
+    return (low, high) if zero is None else (low - scale, high + scale)
 
 
 def _power(x: Array, exponent: float) -> Array:
