@@ -78,7 +78,7 @@ def search_parameters(
     count = count_of_tries(config)
     tries = min(_TOGETHER, count)
 
-    def some(index: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+    def some(index: Array, best: tuple[Array, Array]) -> tuple[tuple[Array, Array], Parameters]:
         steps = jnp.minimum(index * tries + jnp.arange(tries), count - 1)  # the last may come twice: it changes nothing
         factors = factor_of_step(steps, config).reshape(-1, *(1,) * span.high.ndim)
         found = parameters_of_range(shrunk(span, factors), plain, outer=outer)
@@ -86,16 +86,15 @@ def search_parameters(
         here = jnp.argmin(errors, axis=0)  # of equal ones the first, which is the widest
         error = jnp.min(errors, axis=0)
         least, chosen = best
-        return jnp.minimum(error, least), jnp.where(error < least, factors.reshape(-1)[here], chosen)
+        better = jnp.minimum(error, least), jnp.where(error < least, factors.reshape(-1)[here], chosen)
+        return better, jax.tree.map(lambda each: each[-1:], found)
 
     def some_more(state: tuple[Array, Array, tuple[Array, Array]]) -> tuple[Array, Array, tuple[Array, Array]]:
         index, _, best = state
-        best = some(index, best)
-        factor = factor_of_step(index * tries + tries - 1, config).reshape(-1, *(1,) * span.high.ndim)
-        found = parameters_of_range(shrunk(span, factor), plain)
-        beyond = _errors(tiles, importance, found, plain, config.exponent, beyond_levels=True)
+        best, narrowest = some(index, best)
+        beyond = _errors(tiles, importance, narrowest, plain, config.exponent, beyond_levels=True)[0]
         # Sums are taken as those of tries are, so that no more than a few last bits lie between them.
-        return index + 1, jnp.any(~((beyond[0] > 1.001 * best[0]) | (best[0] == 0))), best
+        return index + 1, jnp.any(~((beyond > 1.001 * best[0]) | (best[0] == 0))), best
 
     start = (jnp.full_like(span.high, jnp.inf), jnp.ones_like(span.high))
     stretches = -(-count // tries)
@@ -103,7 +102,7 @@ def search_parameters(
         state = (jnp.int32(0), jnp.bool(True), start)
         _, _, (_, chosen) = jax.lax.while_loop(lambda state: (state[0] < stretches) & state[1], some_more, state)
     else:  # rounded, scales of narrower ranges may be wider
-        _, chosen = jax.lax.fori_loop(0, stretches, some, start)
+        _, chosen = jax.lax.fori_loop(0, stretches, lambda index, best: some(index, best)[0], start)
     return parameters_of_range(shrunk(span, chosen), scheme, outer=outer)
 
 
