@@ -11,7 +11,7 @@ through a block layer after layer costs one pass instead of one for every layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -64,8 +64,8 @@ def capturing(
     module: nnx.Module, paths: Sequence[Path], *, narrow: Sequence[Path] = ()
 ) -> Callable[[Arguments, Inputs], dict[Path, tuple[Arguments, ...]]]:
     """`capture` of many arguments: the module, as it is now, is taken apart once, which takes longer than a call."""
-    graphdef, state = _taken_apart(module, narrow)
-    return lambda arguments, replay: _capture(graphdef, tuple(paths), tuple(narrow), state, arguments, dict(replay))
+    structure, leaves = _taken_apart(module, narrow)
+    return lambda arguments, replay: _capture(structure, tuple(paths), tuple(narrow), leaves, arguments, dict(replay))
 
 
 def replay_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -> Any:
@@ -75,26 +75,40 @@ def replay_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs) -
 
 def replaying(module: nnx.Module, *, narrow: Sequence[Path] = ()) -> Callable[[Arguments, Inputs], Any]:
     """`replay_output` of many arguments, as `capturing`."""
-    graphdef, state = _taken_apart(module, narrow)
-    return lambda arguments, replay: _replay_output(graphdef, tuple(narrow), state, arguments, dict(replay))
+    structure, leaves = _taken_apart(module, narrow)
+    return lambda arguments, replay: _replay_output(structure, tuple(narrow), leaves, arguments, dict(replay))
 
 
 def traced_capture(
     module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, replay: Inputs, narrow: Sequence[Path] = ()
 ) -> Any:
     """The program of `capture`, to be compiled beforehand; what is replayed may be abstract."""
-    graphdef, state = _taken_apart(module, narrow)
-    return _capture.trace(graphdef, tuple(paths), tuple(narrow), state, arguments, dict(replay))
+    structure, leaves = _taken_apart(module, narrow)
+    return _capture.trace(structure, tuple(paths), tuple(narrow), leaves, arguments, dict(replay))
 
 
 def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs, narrow: Sequence[Path] = ()) -> Any:
     """That of `replay_output`."""
-    graphdef, state = _taken_apart(module, narrow)
-    return _replay_output.trace(graphdef, tuple(narrow), state, arguments, dict(replay))
+    structure, leaves = _taken_apart(module, narrow)
+    return _replay_output.trace(structure, tuple(narrow), leaves, arguments, dict(replay))
 
 
-def _taken_apart(module: nnx.Module, narrow: Sequence[Path]) -> tuple[nnx.GraphDef, nnx.State]:
-    """Structure and state, where narrow layers' weights are rounded already: once, and not at every call.
+class _Structure:
+    """What a module is without its arrays. Equal ones are one object (`_structure`): a program is looked for by it at
+    every call, and nnx's own are hashed and compared node by node."""
+
+    def __init__(self, graphdef: nnx.GraphDef, tree: Any) -> None:
+        self.graphdef, self.tree = graphdef, tree
+
+    def whole(self, leaves: Sequence[Any]) -> nnx.Module:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.tree, leaves))
+
+
+_structure = lru_cache(maxsize=None)(_Structure)
+
+
+def _taken_apart(module: nnx.Module, narrow: Sequence[Path] = ()) -> tuple[_Structure, list[Any]]:
+    """Structure and arrays, where narrow layers' weights are rounded already: once, and not at every call.
 
     A weight that a narrow layer shares with another one is rounded for both.
     """
@@ -105,13 +119,15 @@ def _taken_apart(module: nnx.Module, narrow: Sequence[Path]) -> tuple[nnx.GraphD
         inside = ".".join([*_names(keys), ""]).startswith(weights)
         return inside and getattr(leaf, "dtype", None) == jnp.float32  # a state may hold plain numbers
 
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    structure = _structure(graphdef, tree)
     chosen = [is_rounded(keys, leaf) for keys, leaf in leaves]
     wide = [leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True) if is_chosen]
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in wide)
     rounded = iter(jax.eval_shape(_to_bfloat16, wide) if abstract else _to_bfloat16(wide))
-    found = [next(rounded) if is_chosen else leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True)]
-    return graphdef, jax.tree.unflatten(structure, found)
+    return structure, [
+        next(rounded) if is_chosen else leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True)
+    ]
 
 
 @jax.jit
@@ -124,15 +140,26 @@ def unread(module: nnx.Module, paths: Sequence[Path], arguments: Arguments, *, r
 
     Nothing is computed. Modules, arguments and replayed inputs may be abstract.
     """
-    graphdef, state = nnx.split(module)
-    jaxpr = _replay_output.trace(graphdef, (), state, arguments, dict(replay)).jaxpr.jaxpr
+    structure, leaves = _taken_apart(module)
+    shapes, tree = jax.tree.flatten(jax.tree.map(_shape_of, (leaves, arguments, dict(replay))))
+    return _unread(structure, tuple(paths), tuple(shapes), tree)
+
+
+def _shape_of(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
+
+
+@lru_cache(maxsize=256)  # asked for after every layer, and the same of blocks of equal structure
+def _unread(structure: _Structure, paths: tuple[Path, ...], shapes: tuple[Any, ...], tree: Any) -> tuple[Path, ...]:
+    leaves, arguments, replay = jax.tree.unflatten(tree, shapes)
+    jaxpr = _replay_output.trace(structure, (), leaves, arguments, replay).jaxpr.jaxpr
     read = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
     for equation in reversed(jaxpr.eqns):
         if not read.isdisjoint(equation.outvars):
             read.update(variable for variable in equation.invars if not isinstance(variable, Literal))
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     of_layers: dict[Path, list[Any]] = {path: [] for path in paths}
-    for (keys, _), variable in zip(leaves, jaxpr.invars, strict=False):  # the state's are the first
+    named = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(structure.tree, leaves))
+    for (keys, _), variable in zip(named, jaxpr.invars, strict=False):  # the module's are the first
         names = _names(keys)
         for at in range(len(names)):
             if (path := ".".join(names[:at])) in of_layers:
@@ -153,32 +180,32 @@ def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments
     Raises:
         InputError: a path names no module, or one that is not called.
     """
-    graphdef, state = nnx.split(module)
-    groups = _input_groups.eval_shape(graphdef, tuple(paths), state, arguments)
+    structure, leaves = _taken_apart(module)
+    groups = _input_groups.eval_shape(structure, tuple(paths), leaves, arguments)
     return tuple(tuple(path for one in group for path in one) for group in groups)
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # never run: modules of equal structure are traced once
 def _input_groups(
-    graphdef: nnx.GraphDef, paths: tuple[Path, ...], state: nnx.State, arguments: Arguments
+    structure: _Structure, paths: tuple[Path, ...], leaves: list[Any], arguments: Arguments
 ) -> list[list[dict[Path, tuple[()]]]]:
     """The groups in the structure of the result, which holds no array."""
     groups: dict[tuple[int, ...], list[dict[Path, tuple[()]]]] = {}
-    for path, calls in _record(graphdef, state, paths, arguments, {})[1].items():
+    for path, calls in _record(structure, leaves, paths, arguments, {})[1].items():
         groups.setdefault(tuple(id(call[0]) for call in calls), []).append({path: ()})
     return list(groups.values())
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _capture(
-    graphdef: nnx.GraphDef,
+    structure: _Structure,
     paths: tuple[Path, ...],
     narrow: tuple[Path, ...],
-    state: nnx.State,
+    leaves: list[Any],
     arguments: Arguments,
     replay: dict[Path, tuple[Arguments, ...]],
 ) -> dict[Path, tuple[Arguments, ...]]:
-    tape = _record(graphdef, state, paths, arguments, replay, narrow)[1]
+    tape = _record(structure, leaves, paths, arguments, replay, narrow)[1]
     return {path: tuple(tape[path]) for path in paths}
 
 
@@ -193,25 +220,25 @@ def _rounded(call: Arguments) -> Arguments:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _replay_output(
-    graphdef: nnx.GraphDef,
+    structure: _Structure,
     narrow: tuple[Path, ...],
-    state: nnx.State,
+    leaves: list[Any],
     arguments: Arguments,
     replay: dict[Path, tuple[Arguments, ...]],
 ) -> Any:
-    return _record(graphdef, state, (), arguments, replay, narrow)[0]
+    return _record(structure, leaves, (), arguments, replay, narrow)[0]
 
 
 def _record(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
+    structure: _Structure,
+    leaves: Sequence[Any],
     paths: Sequence[Path],
     arguments: Arguments,
     replay: Mapping[Path, tuple[Arguments, ...]],
     narrow: Sequence[Path] = (),
 ) -> tuple[Any, dict[Path, list[Arguments]]]:
     """Output and calls, under a trace: the module is a fresh one, so taps may stand in it."""
-    module, tape = nnx.merge(graphdef, state), _Tape(replay)
+    module, tape = structure.whole(leaves), _Tape(replay)
     linear = {path: layer for path in narrow if isinstance(layer := module_at(module, path), Linear)}
     _narrow_between(module, linear)
     replace(module, {path: _Narrow(layer) for path, layer in linear.items()})
