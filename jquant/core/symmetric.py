@@ -7,9 +7,11 @@ writes, so XLA writes into the same memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 _STRIP, _STRIPS = 128, 16  # columns of a strip at least; strips of a matrix at most
@@ -47,33 +49,42 @@ def reordered(matrix: Float[Array, "n n"], order: Int[Array, " n"]) -> Float[Arr
     return _strip_by_strip(_strip_by_strip(matrix, rows), columns)
 
 
-def square(rows: Float[Array, "out n"], above: Float[Array, "n n"], diagonal: Float[Array, " n"]) -> Float[Array, ""]:
+def square(
+    rows: Float[Array, "out n"],
+    above: Float[Array, "n n"],
+    diagonal: Float[Array, " n"],
+    *,
+    factors: DTypeLike = jnp.float32,
+) -> Float[Array, ""]:
     """tr(E·H·Eᵀ) = Σ_i H_ii·|e_i|² + 2·Σ_{i<j} H_ij·e_iᵀ·e_j over the columns e of E: half the multiplications.
 
     Args:
         rows: E.
         above: H where it stands above the diagonal; what is on it and below is not read.
         diagonal: of H.
+        factors: what E and H are rounded to beside the diagonal; sums are float32. Where E avoids directions in which H
+            is large, as that of GPTQ does, rounding it is seen in them.
     """
-    beside = jax.lax.platform_dependent(rows, above, cpu=_beside_by_strips, default=_beside_by_tiles)
+    by_strips, by_tiles = partial(_beside_by_strips, factors=factors), partial(_beside_by_tiles, factors=factors)
+    beside = jax.lax.platform_dependent(rows, above, cpu=by_strips, default=by_tiles)
     return jnp.sum(jnp.sum(rows * rows, axis=0) * diagonal) + 2 * beside
 
 
-def _beside_by_strips(rows: Array, above: Array) -> Array:
+def _beside_by_strips(rows: Array, above: Array, factors: DTypeLike) -> Array:
     """Σ_{i<j} of `square`, by strips of columns down to the diagonal."""
     size = len(above)
     if size > _WORTH_FEW:
-        return _beside_by_tiles(rows, above)
+        return _beside_by_tiles(rows, above, factors)
     width, total = -(-size // _FEW), jnp.float32(0)
     for begin in range(0, size, width):
         end = min(begin + width, size)
         strip = jnp.triu(above[:end, begin:end], 1 - begin)
-        found = jnp.matmul(rows[:, :end], strip, precision=jax.lax.Precision.HIGHEST)
+        found = _product(rows[:, :end], strip, factors)
         total += jnp.sum(found * rows[:, begin:end])
     return total
 
 
-def _beside_by_tiles(rows: Array, above: Array) -> Array:
+def _beside_by_tiles(rows: Array, above: Array, factors: DTypeLike) -> Array:
     """The same by tiles, one after another: in little memory, and with one product to compile."""
     size = len(above)
     width = _width(size)
@@ -88,9 +99,14 @@ def _beside_by_tiles(rows: Array, above: Array) -> Array:
         row, column = (begins[:, None] + jnp.arange(width))[:, :, None]
         own = (row < column.T) & (row >= tile[0] * width) & (tile[1] * width <= column.T)
         values = jnp.where(own, jax.lax.dynamic_slice(above, begins, (width, width)), 0)
-        return total + jnp.sum(jnp.matmul(left, values, precision=jax.lax.Precision.HIGHEST) * right), None
+        return total + jnp.sum(_product(left, values, factors) * right), None
 
     return jax.lax.scan(one_tile, jnp.float32(0), jnp.asarray(tiles))[0]
+
+
+def _product(a: Array, b: Array, factors: DTypeLike) -> Array:
+    a, b = a.astype(factors), b.astype(factors)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _strip_by_strip(matrix: Array, one: Callable[[Array, Array | int, int], Array]) -> Array:

@@ -150,9 +150,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch time hidden"], context: Context) -> Float[Array, "batch time hidden"]:
         queries, keys, values = self._project(x, context)
-        heads = [each if self.factors is None else each.astype(self.factors) for each in (queries, keys, values)]
-        attended = attend_causal(*heads, context.mask, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(_merge_heads(attended).astype(values.dtype))
+        dtype = values.dtype
+        if self.factors is not None:
+            queries, keys, values = (each.astype(self.factors) for each in (queries, keys, values))
+        attended = attend_causal(queries, keys, values, context.mask, scale=self.scale, softcap=self.softcap)
+        return self.o_proj(_merge_heads(attended).astype(dtype))
 
     def step(
         self, x: Float[Array, "batch time hidden"], context: Context, cache: Cache

@@ -102,7 +102,7 @@ def _traced(
             yield ("gram", group[0]), _of_gram(module_at(block, group[0]), calls, data)
             for path in group:
                 layer = module_at(block, path)
-                programs, weight = _of_solver(layer, rules[path])
+                programs, weight = _of_solver(layer, rules[path], "bfloat16" if data.narrow else "float32")
                 yield ("solve", path), programs
                 if weight is not None and rules[path].activation is None:
                     packed[path] = nnx.eval_shape(packed_layer, layer, weight)
@@ -126,7 +126,7 @@ def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
     ]
 
 
-def _of_solver(layer: nnx.Module, rule: Rule) -> tuple[list[Any], QTensor | None]:
+def _of_solver(layer: nnx.Module, rule: Rule, products: str) -> tuple[list[Any], QTensor | None]:
     """The programs, and what they make of the weight, where that can be foreseen."""
     method = SOLVERS[rule.method.name]
     weight = weight_matrix(layer)
@@ -136,7 +136,7 @@ def _of_solver(layer: nnx.Module, rule: Rule) -> tuple[list[Any], QTensor | None
     known = Gram(_float32(size, size), _float32())
     config = configured(SOLVERS, rule.method.name, rule.method.options)
     factorizing, solving = method.programs(weight, known, scheme, config)
-    report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram)
+    report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram, products)
     return [is_finite.trace(weight), factorizing, solving, *report], solving.out_info.qtensor
 
 

@@ -249,7 +249,8 @@ def _solve_layer(
         module = _packed(layer, path, rule, solution.qtensor, data)
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
-    report = weight_report(prefix + path, rule, weight, solution, statistics, alone=alone)
+    products = "bfloat16" if data is not None and data.narrow else "float32"
+    report = weight_report(prefix + path, rule, weight, solution, statistics, alone=alone, factors=products)
     if rule.activation is None:  # after the report, which needs room for another weight
         set_weight_matrix(layer, layer_programs.decoded(solution.qtensor))
     else:
@@ -265,13 +266,15 @@ def weight_report(
     statistics: Gram | OrderedGram | None,
     *,
     alone: bool = False,
+    factors: str = "float32",
 ) -> Callable[[float], LayerReport]:
     """What a solution cost: begins to compute it; the result, called with the seconds it took, waits for that.
 
-    `alone` waits already here, step by step, as each takes the room of a weight.
+    `alone` waits already here, step by step, as each takes the room of a weight; `factors` as in
+    `layer_programs.errors`.
     """
     scheme = solution.qtensor.scheme
-    rounding, error = layer_programs.errors(weight, solution.qtensor, scheme, statistics, alone=alone)
+    rounding, error = layer_programs.errors(weight, solution.qtensor, scheme, statistics, alone=alone, factors=factors)
     shape, bits = tuple(weight.shape), solution.qtensor.bits_per_weight
     small, on_data = (solution.damping, solution.fallback), statistics is not None  # not the tensor: it would stay
 

@@ -38,8 +38,11 @@ def errors(
     statistics: Gram | OrderedGram | None,
     *,
     alone: bool = False,
+    factors: str = "float32",
 ) -> tuple[jax.Array, jax.Array]:
     """Squared and relative, of rounding to nearest and of the solution, over a whole stack: see `LayerReport`.
+
+    `factors` is what factors of products are rounded to, but for the solution's error.
 
     In small programs, one product in the last: together they took a GPU's compiler ten seconds a shape, and the memory
     of six matrices. `alone`, each waits for those before it, whose operands would stay as long as it does.
@@ -47,9 +50,9 @@ def errors(
     ready = jax.block_until_ready if alone else lambda x: x
     order = _order(statistics)
     ready(value)
-    size = ready(_squares(_difference(weight, None, order), statistics))
-    rounding = ready(_squares(_difference(weight, _rounded(weight, scheme), order), statistics))
-    return ready(_relative(rounding, _squares(_difference(weight, value, order), statistics), size))
+    size = ready(_squares(_difference(weight, None, order), statistics, factors))
+    rounding = ready(_squares(_difference(weight, _rounded(weight, scheme), order), statistics, factors))
+    return ready(_relative(rounding, _squares(_difference(weight, value, order), statistics, "float32"), size))
 
 
 @partial(jax.jit, static_argnames="scheme")
@@ -65,13 +68,13 @@ def _difference(weight: jax.Array, value: QTensor | None, order: jax.Array | Non
     return found if order is None else found.at[..., order].get(mode="promise_in_bounds")
 
 
-@partial(jax.jit, compiler_options=WITHOUT_TRITON_GEMM)
-def _squares(error: jax.Array, statistics: Gram | OrderedGram | None) -> jax.Array:
-    """tr(E·H·Eᵀ)"""
+@partial(jax.jit, static_argnames="factors", compiler_options=WITHOUT_TRITON_GEMM)
+def _squares(error: jax.Array, statistics: Gram | OrderedGram | None, factors: str) -> jax.Array:
+    """tr(E·H·Eᵀ); factors are rounded where half of H is left."""
     if statistics is None:
         return jnp.sum(error * error)
     if isinstance(statistics, OrderedGram):
-        found = square(error, statistics.above, statistics.diagonal[statistics.order])
+        found = square(error, statistics.above, statistics.diagonal[statistics.order], factors=factors)
     else:
         weighted = jnp.matmul(error, statistics.matrix, precision=jax.lax.Precision.HIGHEST)
         found = jnp.sum(weighted * error)
@@ -88,13 +91,15 @@ def _relative(rounding: jax.Array, error: jax.Array, size: jax.Array) -> tuple[j
     return rounding / size, error / size
 
 
-def traced_report(weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | OrderedGram) -> list[Any]:
+def traced_report(
+    weight: jax.Array, value: QTensor, scheme: Scheme, statistics: Gram | OrderedGram, factors: str
+) -> list[Any]:
     """What `decoded` and `errors` compile; everything but the scheme may be abstract."""
     error = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
     rounded = _rounded.trace(weight, scheme)
     return [
         decoded.trace(value),
-        _squares.trace(error, statistics),
+        *(_squares.trace(error, statistics, each) for each in dict.fromkeys((factors, "float32"))),
         rounded,
         *(_difference.trace(weight, each, _order(statistics)) for each in (None, value, rounded.out_info)),
         _relative.trace(*[jax.ShapeDtypeStruct((), jnp.float32)] * 3),

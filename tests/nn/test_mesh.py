@@ -127,7 +127,7 @@ def test_statistics_are_summed_and_rows_solved_apart() -> None:
         solve,
         layer_programs._rounded.lower(weight, spec),
         layer_programs._difference.lower(weight, found, factor.order),
-        layer_programs._squares.lower(weight, factor.gram),
+        layer_programs._squares.lower(weight, factor.gram, "float32"),
         layer_programs.decoded.lower(found),
     ]
     for program in programs:
