@@ -43,6 +43,18 @@ def test_the_square_reads_what_is_above_the_diagonal(size: int) -> None:
     assert found == pytest.approx(np.sum(wide @ matrix * wide), abs=1e-6 * scale)
 
 
+@pytest.mark.parametrize("size", [300, 2050])
+def test_factors_of_the_square_may_be_rounded(size: int) -> None:
+    x = np.random.default_rng(3).standard_normal((2 * size, size)).astype(np.float32)
+    matrix, rows = x.T @ x, np.random.default_rng(2).standard_normal((7, size)).astype(np.float32)
+    exact, rounded = (
+        float(jax.jit(symmetric.square, static_argnames="factors")(rows, matrix, np.diagonal(matrix), factors=factors))
+        for factors in ("float32", "bfloat16")
+    )
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=2e-3)
+
+
 def test_a_donated_matrix_keeps_its_memory() -> None:
     """Beside it there is room for a few strips, no second matrix."""
     size = 2048

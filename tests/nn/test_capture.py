@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jquant.core.errors import InputError
 from jquant.nn.capture import capture, input_groups, replay_output, replaying, unread
@@ -101,6 +102,37 @@ def test_what_only_narrow_products_read_is_kept_rounded() -> None:
     again = capture(BLOCK, ("o",), CALL, replay=narrow, narrow=("v",))["o"][0][0]
     assert again.dtype == jnp.float32
     np.testing.assert_array_equal(again, capture(BLOCK, ("o",), CALL, replay=wide, narrow=("v",))["o"][0][0])
+
+
+class Attention(nnx.Module):
+    """Multiplies what two layers give."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.q, self.k, self.o = (Linear(8, 8, rngs=rngs) for _ in range(3))
+        self.factors: DTypeLike | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads = [each if self.factors is None else each.astype(self.factors) for each in (self.q(x), self.k(x))]
+        return self.o((heads[0] * heads[1]).astype(x.dtype))
+
+
+def test_attention_is_narrow_where_all_of_its_layers_are() -> None:
+    attention = Attention(nnx.Rngs(0))
+    around, paths = nnx.Sequential(attention), ("layers.0.q", "layers.0.k", "layers.0.o")
+    narrow = [replaying(attention, narrow=("q", "k"))(CALL[:1], {}), capture(attention, ("o",), CALL[:1])["o"][0][0]]
+    assert not any(np.array_equal(each, each.astype(jnp.bfloat16).astype(jnp.float32)) for each in narrow)
+    for module, names in ((attention, ("q", "k", "o")), (around, paths)):
+        found = capture(module, names, CALL[:1], narrow=names)[names[2]][0][0]
+        q, k = (
+            jnp.matmul(
+                CALL[0].astype(jnp.bfloat16),
+                layer.weight.get_value().astype(jnp.bfloat16).T,
+                preferred_element_type=jnp.float32,
+            )
+            for layer in (attention.q, attention.k)
+        )
+        np.testing.assert_array_equal(found, q.astype(jnp.bfloat16) * k.astype(jnp.bfloat16))
+    assert attention.factors is None
 
 
 def test_a_state_may_hold_plain_numbers() -> None:

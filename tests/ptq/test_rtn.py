@@ -93,6 +93,22 @@ def test_stacks_and_coarser_searches() -> None:
 WHOLE = RangeSearch(grid=1, max_shrink=1)
 
 
+@pytest.mark.parametrize("spec", ["int2:g32", "int4:g32", "int4:g32:asym", "nf4:g32", "int4:g32:bf16"])
+def test_all_tries_are_made_where_the_narrowest_is_best(spec: str) -> None:
+    """Two columns that do not count make ranges five times too wide; that of a group without them is soon found."""
+    x = RNG.uniform(-1, 1, (8, 64)).astype(np.float32)
+    x[:, 40], x[:, 50], importance = 5, -5, np.ones(64, np.float32)
+    importance[[40, 50]] = 0
+    kind = scheme(spec)
+    tiles = to_tiles(jnp.asarray(x), kind)
+    weights = to_tiles(jnp.asarray(importance)[None], kind)
+    scale = search_parameters(tiles, kind, importance=weights, config=RangeSearch(exponent=2.0)).scale
+    widest = search_parameters(tiles, kind, config=WHOLE).scale
+    shrink = np.asarray(scale / widest, np.float64)
+    assert np.all(shrink[..., 0] > 0.5)
+    assert np.all(shrink[..., 1] < 0.35)
+
+
 @pytest.mark.parametrize("spec", BLOCK_SCHEMES[:2])
 def test_block_types_of_ggml_search_themselves(spec: str) -> None:
     wide = jnp.asarray(np.tile(W, (1, 8)))
