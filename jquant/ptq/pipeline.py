@@ -101,7 +101,7 @@ def quantize_model(
         products: what the factors of products are rounded to, and of Gram matrices, while calibration data go through
             the layers that have a rule, but for stacks of experts, and through attention between such layers; sums, and
             all between products, are float32 either way, and so are the statistics of transforms. Of GPTQ's report
-            `rounding_error` and what errors are relative to are then of rounded factors too (of SmolLM2 up to 0.2 % off).
+            `rounding_error` and what errors are relative to are then of rounded factors too, up to 0.2 % off.
             bfloat16 takes two thirds of the time on a CPU that has instructions for it (avx512_bf16, amx_bf16), and may
             take longer on one without. Perplexities are the same to GPTQ's noise: SmolLM2's of int4 41.3 for 41.4.
 
