@@ -55,11 +55,12 @@ def main() -> None:
     table: list[str] = []
     if arguments.only != "quantize":
         peer(arguments.compressor, "gptq-solve", "gptq-model", "--gguf", str(gguf))
-        solves, models = ours("gptq-solve", pinned=False), ours("gptq-model", pinned=False)
+        solves = ours("gptq-solve", pinned=False)
+        models = {name: ours(work, pinned=False) for name, work in _FIRST_RUNS.items()}
         with tempfile.TemporaryDirectory() as folder:
             os.environ["JQUANT_PROGRAMS"] = folder
-            ours("gptq-first-run", pinned=False)
-            models |= ours("gptq-later-run", pinned=False)
+            for name, works in _LATER_RUNS.items():
+                models[name] = [ours(work, pinned=False) for work in works][-1]
             del os.environ["JQUANT_PROGRAMS"]
         table += _gptq_rows(solves, models, theirs)
         row = ours("gptq-six", pinned=False)
@@ -125,7 +126,6 @@ def _gptq_rows(solves: dict[str, Row], models: dict[str, Row], theirs: dict[str,
     return rows
 
 
-_PRODUCTS: tuple[Products, ...] = ("float32", "bfloat16")
 _GPTQ = {"plain": {"act_order": "none", "range": "minmax"}, "default": {}}
 
 
@@ -152,42 +152,30 @@ def _gptq_solve() -> dict[str, Row]:
     return rows
 
 
-def _gptq_model() -> dict[str, Row]:
-    """All block layers of the demo model to int4 g64, 32 windows of 512 tokens; each with all its compiling."""
-    return {
-        "plain": _whole_model(_GPTQ["plain"], "float32"),
-        "default": _whole_model({}, "float32"),
-        "bf16 products": _whole_model({}, "bfloat16"),
-    }
+# Rows of the whole model, to int4 g64 with 32 windows of 512 tokens: each in a process of its own, as users run it, and
+# not in what another row has left behind.
+_FIRST_RUNS = {"plain": "gptq-plain", "default": "gptq-default", "bf16 products": "gptq-bfloat16"}
+_LATER_RUNS = {
+    "default, a later run": ("gptq-default-block", "gptq-default-kept"),
+    "bf16 products, a later run": ("gptq-bfloat16-block", "gptq-bfloat16-kept"),
+}
 
 
-def _gptq_first_run() -> Row:
-    """Leaves the programs of `_gptq_later_run` on disk, which are those of one block."""
+def _gptq_kept(products: Products, blocks: int | None = None) -> Row:
+    """A run in a process that finds the programs of an earlier one, as the command line does; those of one block are
+    all of a model's."""
     from jquant import programs
 
     programs.keep()
-    for products in _PRODUCTS:
-        _whole_model({}, products, blocks=1)
-    return {}
-
-
-def _gptq_later_run() -> dict[str, Row]:
-    """What `_gptq_model` takes in a process that finds the programs of an earlier one, as the command line does."""
-    from jquant import programs
-
-    programs.keep()
-    names = {"float32": "default, a later run", "bfloat16": "bf16 products, a later run"}
-    return {names[products]: _whole_model({}, products) for products in _PRODUCTS}
+    return _whole_model({}, products, blocks)
 
 
 def _whole_model(options: dict[str, str], products: Products, blocks: int | None = None) -> Row:
-    import jax
     import numpy as np
     from flax import nnx
 
     import jquant
 
-    jax.clear_caches()
     tokens = np.random.default_rng(0).integers(0, 49_152, (32, 1, 512)).astype(np.int32)
     step = jquant.Step("gptq", tuple(options.items()))
     recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g64", method=step),))
@@ -349,9 +337,13 @@ WORKS: dict[str, Callable[[], Any]] = {
     "q4_k": _q4_k,
     "decode": _decode,
     "gptq-solve": _gptq_solve,
-    "gptq-model": _gptq_model,
-    "gptq-first-run": _gptq_first_run,
-    "gptq-later-run": _gptq_later_run,
+    "gptq-plain": lambda: _whole_model(_GPTQ["plain"], "float32"),
+    "gptq-default": lambda: _whole_model({}, "float32"),
+    "gptq-bfloat16": lambda: _whole_model({}, "bfloat16"),
+    "gptq-default-block": lambda: _gptq_kept("float32", blocks=1),
+    "gptq-default-kept": lambda: _gptq_kept("float32"),
+    "gptq-bfloat16-block": lambda: _gptq_kept("bfloat16", blocks=1),
+    "gptq-bfloat16-kept": lambda: _gptq_kept("bfloat16"),
     "gptq-six": _gptq_six,
     "smollm2": _smollm2,
     "load": _load,
