@@ -147,7 +147,7 @@ def _gptq_solve() -> dict[str, Row]:
     for name, options in _GPTQ.items():
         config: Any = gptq.GPTQConfig(**options)
         rows[name] = _time(
-            lambda config=config: jax.block_until_ready(gptq.solve(weight, found, scheme, config=config)), 5
+            lambda config=config: jax.block_until_ready(gptq.solve(weight, found, scheme, config=config)), 15
         )
     return rows
 
