@@ -20,7 +20,7 @@ from jquant.core.errors import InputError
 from jquant.core.symmetric import mirrored
 
 _STRIPS, _WORTH_STRIPS = 4, 512  # at 576 strips take 0.73 of the time (one core); narrower products lose speed
-_WORTH_TURNS = 2048
+_WIDE = 2048  # from here on the sums stay in the memory of the matrix: no second one has room beside it
 _STRETCH = 256  # rows of an expert in one product
 
 
@@ -30,8 +30,9 @@ _Strips = tuple[Array, ...]
 class GramState(NamedTuple):
     """Sums so far, float32.
 
-    Σ xᵀx on and above the diagonal, in strips of rows that begin at it: 5/8 of the matrix. Each an array of its own: a
-    CPU adds to a part of an array with one core.
+    Σ xᵀx on and above the diagonal, in strips of rows that begin at it: each an array of its own, as a CPU adds to a
+    part of an array with one core. Of wide inputs it is one strip, the whole matrix; below the diagonal stands what
+    costs nothing.
     """
 
     strips: tuple[Float[Array, "*experts strip from_diagonal"], ...]
@@ -62,7 +63,7 @@ def init(dim: int, experts: int | None = None) -> GramState:
 
 def _strips(dim: int) -> list[tuple[int, int]]:
     """Where each begins and ends."""
-    tile = -(-dim // _STRIPS) if dim >= _WORTH_STRIPS else max(1, dim)
+    tile = -(-dim // _STRIPS) if _WORTH_STRIPS <= dim < _WIDE else max(1, dim)
     return [(begin, min(begin + tile, dim)) for begin in range(0, dim, tile)]
 
 
@@ -107,29 +108,54 @@ def update_grouped(state: GramState, x: Float[Array, "rows in"], counts: Int[Arr
 
 def _add_products(strips: _Strips, rows: Float[Array, "rows in"]) -> _Strips:
     """Adds xᵀx on and above the diagonal: in four strips 5/8 of the multiplications."""
+    if rows.shape[1] >= _WIDE:
+        return (jax.lax.platform_dependent(*strips, rows, cpu=_add_tiles, default=_add_in_place),)
     return jax.lax.platform_dependent(strips, rows, cpu=_add_on_cpu, default=_add_strips)
 
 
 def _add_on_cpu(strips: _Strips, rows: Array) -> _Strips:
     """With xᵀ in memory where it is bfloat16: only of rows by columns has a CPU fast products of that (2.7 times those
     of columns)."""
-    turned = jax.lax.optimization_barrier(rows.T) if rows.dtype == jnp.bfloat16 else None
-    return _add_strips(strips, rows, turned, in_turn=rows.shape[1] >= _WORTH_TURNS)
+    return _add_strips(strips, rows, jax.lax.optimization_barrier(rows.T) if rows.dtype == jnp.bfloat16 else None)
 
 
-def _add_strips(strips: _Strips, rows: Array, turned: Array | None = None, *, in_turn: bool = False) -> _Strips:
-    """`in_turn`, no product is made before the one before it was added: XLA on CPU would keep all of them."""
+def _add_strips(strips: _Strips, rows: Array, turned: Array | None = None) -> _Strips:
     found: list[Array] = []
     for strip, (begin, end) in zip(strips, _strips(rows.shape[1]), strict=True):
-        if in_turn and found:
-            rows, turned, found[-1] = jax.lax.optimization_barrier((rows, turned, found[-1]))
         left = rows[:, begin:end] if turned is None else turned[begin:end]
-        equation = "ri,rj->ij" if turned is None else "ir,rj->ij"
-        exact = jax.lax.Precision.HIGHEST
-        found.append(
-            strip + jnp.einsum(equation, left, rows[:, begin:], precision=exact, preferred_element_type=jnp.float32)
-        )
+        found.append(strip + _product(left, rows[:, begin:], "ri,rj->ij" if turned is None else "ir,rj->ij"))
     return tuple(found)
+
+
+def _add_in_place(products: Array, rows: Array) -> Array:
+    dim = rows.shape[1]
+    tile = -(-dim // _STRIPS)
+    for begin in range(0, dim, tile):
+        strip = _product(rows[:, begin : begin + tile], rows[:, begin:])
+        products = products.at[begin : begin + tile, begin:].add(strip)
+    return products
+
+
+def _add_tiles(products: Array, rows: Array) -> Array:
+    """By tiles, one after another: the memory of one beside the sums, and the same bits."""
+    dim = rows.shape[1]
+    tile = -(-dim // _STRIPS)
+
+    def one(products: Array, place: Array) -> tuple[Array, None]:
+        begins = jnp.minimum(place * tile, dim - tile)  # the last may begin earlier, and leaves out what is another's
+        left, right = (jax.lax.dynamic_slice_in_dim(rows, begin, tile, axis=1) for begin in begins)
+        found = _product(left, right)
+        row, column = (begins[:, None] + jnp.arange(tile) >= place[:, None] * tile)[:, :, None]
+        found += jax.lax.dynamic_slice(products, begins, found.shape)
+        found = jnp.where(row & column.T, found, jax.lax.dynamic_slice(products, begins, found.shape))
+        return jax.lax.dynamic_update_slice(products, found, begins), None
+
+    places = [(row, column) for row in range(_STRIPS) for column in range(row, _STRIPS)]
+    return jax.lax.scan(one, products, jnp.asarray(places))[0]
+
+
+def _product(left: Array, right: Array, equation: str = "ri,rj->ij") -> Array:
+    return jnp.einsum(equation, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def merge(*states: GramState) -> GramState:
@@ -140,10 +166,13 @@ def merge(*states: GramState) -> GramState:
 def finalize(state: GramState) -> Gram:
     """H; NaN where no row was seen, but 0 for an expert that no row reached."""
     rows = jnp.maximum(state.rows, 1) if state.rows.ndim else state.rows
-    dim = state.strips[0].shape[-1]
+    scaled = [strip * (2 / rows)[..., None, None] for strip in state.strips]
+    if len(scaled) == 1:
+        return Gram(mirrored(scaled[0]), state.rows)
+    dim = scaled[0].shape[-1]
     matrix = jnp.zeros((*state.rows.shape, dim, dim), jnp.float32)
-    for strip, (begin, end) in zip(state.strips, _strips(dim), strict=True):
-        matrix = matrix.at[..., begin:end, begin:].set(strip * (2 / rows)[..., None, None])
+    for strip, (begin, end) in zip(scaled, _strips(dim), strict=True):
+        matrix = matrix.at[..., begin:end, begin:].set(strip)
     return Gram(mirrored(matrix), state.rows)
 
 

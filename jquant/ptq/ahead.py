@@ -118,7 +118,7 @@ def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
     rows = jax.eval_shape(lambda x: input_rows(layer, x), calls[0][0])
     size = rows.shape[-1]
     state = jax.eval_shape(partial(gram.init, size))
-    finalized = layer_programs.finalize.trace(state)
+    finalized = layer_programs.finalizing(state).trace(state)
     return [
         layer_programs.update.trace(state, rows, data.mask(0), dtype="bfloat16" if data.narrow else None),
         finalized,

@@ -199,7 +199,7 @@ def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> 
                 state = gram.init(rows.shape[-1]) if state is None else state
                 state = layer_programs.update(state, rows, mask, dtype="bfloat16" if data.narrow else None)
     assert state is not None, "input_groups refuses layers that are not called"
-    found = layer_programs.finalize(state)
+    found = layer_programs.finalizing(state)(state)
     gram.check(found, f"layer {prefix}{group[0]}")
     return found
 

@@ -22,7 +22,13 @@ def update(state: GramState, rows: jax.Array, mask: jax.Array | None, dtype: str
     return gram.update(state, rows if dtype is None else rows.astype(dtype), mask)
 
 
-finalize = jax.jit(gram.finalize)
+_finalize = jax.jit(gram.finalize)
+_finalize_in_place = jax.jit(gram.finalize, donate_argnums=0)
+
+
+def finalizing(state: GramState) -> Any:
+    """The program of `gram.finalize`: in the memory of the sums where they are one array."""
+    return _finalize_in_place if len(state.strips) == 1 else _finalize
 
 
 @jax.jit

@@ -104,7 +104,7 @@ def estimate(
         seconds=seconds / axis_size(mesh, *AXES),
         weight_bytes=(2 * largest + outer) * itemsize // axis_size(mesh, *CUTTING),
         activation_bytes=activations // axis_size(mesh, DATA),
-        statistic_bytes=int(4 * (1.625 if on_cpu() else 4) * math.prod(widest[:-2]) * widest[-1] ** 2)
+        statistic_bytes=int(4 * (1.5 if on_cpu() else 4) * math.prod(widest[:-2]) * widest[-1] ** 2)
         + 6 * 4 * math.prod(widest) // axis_size(mesh, *CUTTING),
         available_bytes=_available(1 if mesh is None else len(mesh.local_devices)),
     )

@@ -118,7 +118,8 @@ def test_statistics_are_summed_and_rows_solved_apart() -> None:
     assert update is not None
     assert len(re.findall(r"= \S+ all-reduce\(", update)) == 1
     assert not set(_moved(update))
-    statistics = layer_programs.finalize(layer_programs.update(gram.init(64), x, None))
+    sums = layer_programs.update(gram.init(64), x, None)
+    statistics = layer_programs.finalizing(sums)(sums)
     config, spec = gptq.GPTQConfig(), scheme("int4:g32:asym")
     factor = gptq_factor.factorize_in_place(statistics, config=config)
     solve = gptq._solve.lower(weight, factor, spec, config, "jnp")
