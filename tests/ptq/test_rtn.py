@@ -96,7 +96,7 @@ WHOLE = RangeSearch(grid=1, max_shrink=1)
 @pytest.mark.parametrize("spec", ["int2:g32", "int4:g32", "int4:g32:asym", "nf4:g32", "int4:g32:bf16"])
 def test_all_tries_are_made_where_the_narrowest_is_best(spec: str) -> None:
     """Two columns that do not count make ranges five times too wide; that of a group without them is soon found."""
-    x = RNG.uniform(-1, 1, (8, 64)).astype(np.float32)
+    x = np.random.default_rng(4).uniform(-1, 1, (8, 64)).astype(np.float32)
     x[:, 40], x[:, 50], importance = 5, -5, np.ones(64, np.float32)
     importance[[40, 50]] = 0
     kind = scheme(spec)
