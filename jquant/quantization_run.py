@@ -33,7 +33,7 @@ from jquant.ptq.recipe import Recipe, assign
 from jquant.ptq.rule_check import check_products, check_rules
 from jquant.ptq.workdir import open_workdir
 
-NUMERICS = 10  # raised when a change moves bits: an unfinished run of another value is not gone on with
+NUMERICS = 11  # raised when a change moves bits: an unfinished run of another value is not gone on with
 
 
 def quantize_checkpoint(

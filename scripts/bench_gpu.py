@@ -205,7 +205,8 @@ def gptq_six(device: Device) -> None:
 
     def solve(chosen: tuple[str, ...]) -> list[QTensor]:
         factor = gptq.factorize(known, config=config)
-        return [gptq.solve_with(weight, factor, jquant.scheme(spec), config=config).qtensor for spec in chosen]
+        schemes = [jquant.scheme(spec) for spec in chosen]
+        return [each.qtensor for each in gptq.solve_schemes(weight, factor, schemes, config=config)]
 
     one, six = once(lambda: solve(specs[:1])), once(lambda: solve(specs))
     row("six GPTQ schemes on a layer of 4096 in, 14336 out", six, None, 2.5 * one, f"{six / one:.2f} × one")

@@ -12,6 +12,7 @@ more than the best try did, a group is done, and a program when all its groups a
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from jquant.core.formats import Element, Float, Int
+from jquant.core.formats import Codebook, Element, Float, Int
 from jquant.core.qtensor import Parameters, parameters_of_range, tile_range
 from jquant.core.range_search import RangeSearch, count_of_tries, factor_of_step, shrunk
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
@@ -180,4 +181,6 @@ def _missed(ratio: Array, levels: _Levels, element: Element, assembly: bool) -> 
     if isinstance(element, Int):
         near = jnp.clip(ratio, levels.lowest, levels.highest)
         return jnp.abs(ratio - to_whole(near, assembly=assembly))
+    if isinstance(element, Codebook):  # twice as fast as a comparison and a choice for each level
+        return functools.reduce(jnp.minimum, (jnp.abs(ratio - level) for level in map(float, element.levels())))
     return jnp.abs(ratio - nearest_code(ratio, element)[1])

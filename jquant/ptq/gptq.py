@@ -15,8 +15,8 @@ be shorter.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,20 @@ from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
 from jquant.core import packing
-from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
-from jquant.core.formats import Int as IntElement
 from jquant.core.qtensor import QTensor
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
 from jquant.kernels import dispatch
-from jquant.kernels.gptq_block import Block, fits, round_block
 from jquant.ptq.cholesky import inverse_upper
-from jquant.ptq.gptq_columns import Columns, alive, columns_of, ordered, within
+from jquant.ptq.gptq_columns import alive, columns_of, ordered, ordered_copy
 from jquant.ptq.gptq_factor import Factor, GPTQConfig, factorize, traced_factorization
-from jquant.ptq.gptq_levels import divisor, levels_of, padded_group
+from jquant.ptq.gptq_levels import levels_of, padded_group
 from jquant.ptq.gptq_ranges import Parameters, Plan, choose
+from jquant.ptq.gptq_rounding import Problem, State, in_one_kernel, of_rows, round_columns, round_spans, shares_inside
 from jquant.ptq.solver import Solution
 
-_GATHERED = 4  # parts whose columns are gathered from W together: each time most of its memory is passed over
-_SPAN = 512  # errors that go into one product; those of longer stretches are summed
+_TOGETHER = 2**29  # weights, of all schemes, that `solve_schemes` takes side by side
 
 
 def solve(
@@ -69,12 +66,44 @@ def solve(
 
 def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, config: GPTQConfig) -> Solution:
     """`solve` with a factor made before. Rows are independent; vmap over both for a stack of layers."""
+    _check(w, factor, scheme)
+    return _chosen(w)(w, factor, scheme, config, dispatch.way())
+
+
+def solve_schemes(
+    w: Float[Array, "out in"], factor: Factor, schemes: Sequence[Scheme], *, config: GPTQConfig
+) -> list[Solution]:
+    """`solve_with` for each of several schemes.
+
+    On a GPU, where scales come from the original weights, the schemes stand side by side as rows of one weight: W is
+    gathered once, products are wider, and the rounding of one fills the time in which another's waits. That takes some
+    12 bytes a weight and scheme; schemes beyond `_TOGETHER` weights are solved after the first.
+    """
+    for scheme in schemes:
+        _check(w, factor, scheme)
+    way = dispatch.way()
+    beside = [each for each in schemes if _stands_beside(each, w.shape, config, way)]
+    most = max(1, _TOGETHER // w.size)
+    found: dict[Scheme, Solution] = {}
+    for begin in range(0, len(beside), most):
+        some = tuple(dict.fromkeys(beside[begin : begin + most]))
+        found |= dict(zip(some, _solve_several(w, factor, some, config, way), strict=True))
+    return [found[each] if each in found else solve_with(w, factor, each, config=config) for each in schemes]
+
+
+def _check(w: Array, factor: Factor, scheme: Scheme) -> None:
     if scheme.block is not None:
         raise InputError(f"GPTQ to {scheme}: a block type of ggml searches its own scales; use it with rtn")
     if w.shape[-1] != factor.root.shape[-1]:
         raise InputError(f"weight of {w.shape[-1]} inputs, Gram matrix of {factor.root.shape[-1]}: they must agree")
     scheme.granularity.tile(*w.shape)
-    return _chosen(w)(w, factor, scheme, config, dispatch.way())
+
+
+def _stands_beside(scheme: Scheme, shape: tuple[int, ...], config: GPTQConfig, way: dispatch.Way) -> bool:
+    """Whether kernels round whole spans of it, all its parameters being known."""
+    plan = _plan(scheme, shape, config, way)
+    span = levels_of(plan.group, shape[1], config, way)[0]
+    return config.act_order == "static" and in_one_kernel(span, plan)
 
 
 def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[Any]:
@@ -83,75 +112,100 @@ def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[A
     return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way())]
 
 
-class _Part(NamedTuple):
-    """Columns side by side, in order: what became of them, and 0 where none has been rounded yet."""
-
-    errors: Array  # [columns, out]: w − q
-    codes: Array  # [columns, out] uint8
-
-
-class _State(NamedTuple):
-    parameters: Parameters
-    loss: Array  # [1, out] Σ (w̃ − q)²·R_ii²
-
-
-class _Problem(NamedTuple):
-    """What stays the same while columns are rounded."""
-
-    columns: Columns  # of W in order, as they were, 0 where the input is dead
-    halves: Array  # `Factor.halves`, of columns in order, as all below
-    root: Array
-    place: Array  # the group of each column
-    outer: Array | None  # second level of nested scales
-    importance: Array  # H_jj, by which ranges are searched; 0 of dead inputs
-    settle: Array | None  # [groups, group, group] inverses of R_ki / R_ii inside groups; see `_open_group`
+def _plan(scheme: Scheme, shape: tuple[int, ...], config: GPTQConfig, way: dispatch.Way) -> Plan:
+    group = padded_group(scheme.granularity.tile(*shape)[1], shape[1], config.block)
+    return Plan(scheme, group, config, way)
 
 
 def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
+    return _solutions(w, factor, (scheme,), config, way)[0]
+
+
+def _solutions(
+    w: Array, factor: Factor, schemes: tuple[Scheme, ...], config: GPTQConfig, way: dispatch.Way
+) -> list[Solution]:
+    """Of one scheme, or of several that `_stands_beside`."""
     rows, columns = w.shape
-    group = padded_group(scheme.granularity.tile(rows, columns)[1], columns, config.block)
-    levels = levels_of(group, columns, config, way)
+    plans = tuple(_plan(scheme, w.shape, config, way) for scheme in schemes)
+    plan = plans[0]
+    levels = levels_of(plan.group, columns, config, way)
     width = -(-columns // levels[0]) * levels[0]
     order = jnp.concatenate([factor.order, jnp.arange(columns, width)])
     halves = factor.halves
     if width > columns:  # else it would be copied for nothing
         halves = jnp.pad(halves, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
     importance = jnp.pad(factor.diagonal, (0, width - columns))[order]
-    plan = Plan(scheme, group, config, way)
-    problem = _Problem(
-        columns=ordered(w, order, importance, turned=way != "jnp"),
+    outer = tuple(_outer(scheme, w, factor) for scheme in schemes)
+    static = config.act_order == "static"
+    places = order if static else jnp.arange(width)  # columns of padding are in the last group
+    parameters = tuple(
+        _of_whole_weight(w, factor, each, second) if static else _unknown(w.shape, width, each)
+        for each, second in zip(plans, outer, strict=True)
+    )
+    chosen = list(zip(plans, parameters, strict=True))
+    copy = None if way == "jnp" else ordered_copy(w, order, factor.diagonal)
+    problem = Problem(
+        columns=ordered(w, order, importance) if copy is None else columns_of(copy, axis=0),
+        copy=copy,
         halves=halves,
         root=jnp.pad(factor.root, (0, width - columns)),
-        place=(order if config.act_order == "static" else jnp.arange(width)) // group,
-        outer=outer_scale(scheme.scale, alive(w.astype(jnp.float32).T, factor.diagonal), scheme.element),
+        place=jnp.stack([jnp.minimum(places // each.group, len(found.scale) - 1) for each, found in chosen]),
+        outer=outer[0],
         importance=importance,
-        settle=None if config.act_order == "static" or group == width else inverse_upper(_shares(halves, group)),
+        settle=None if static or plan.group == width else inverse_upper(shares_inside(halves, plan.group)),
+        steps=_side_by_side(parameters, rows) if static and way != "jnp" else None,
     )
-    tile_rows = scheme.granularity.tile(rows, columns)[0]
-    if config.act_order == "static":
-        whole = jnp.pad(w, ((0, 0), (0, -columns % group)))
-        seen = jnp.pad(factor.diagonal, (0, -columns % group))
-        parameters = choose(columns_of(whole, axis=1), seen, group, problem.outer, plan)
-    else:
-        ones = jnp.ones((-(-width // group), -(-rows // tile_rows)), jnp.float32)
-        parameters = Parameters(ones, ones, jnp.zeros_like(ones))
-    state = _State(parameters, jnp.zeros((1, rows), jnp.float32))
+    state = State(parameters[0], jnp.zeros((1, len(schemes) * rows), jnp.float32))
     if way == "jnp":
-        part, state = _round_columns(problem, state, None, 0, width, levels, plan)
+        part, state = round_columns(problem, state, None, 0, width, levels, plan)
+        codes = part.codes.at[jnp.argsort(order)].get(mode="promise_in_bounds")
     else:
-        part, state = _round_spans(problem, state, width, levels, plan)
-    codes = part.codes.at[jnp.argsort(order)].get(mode="promise_in_bounds")
-    if way == "kernel":  # in one kernel XLA would gather, turn and pack single bytes from far apart
-        codes = jax.lax.optimization_barrier(jax.lax.optimization_barrier(codes).T).T
-    codes = codes.T[:, :columns]
+        codes, state = round_spans(problem, state, order, levels, plans)
     groups = None
-    if config.act_order == "dynamic" and group < columns:
-        groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[:columns])
-    q = _assemble(codes, state.parameters, scheme, (rows, columns), problem.outer, np.dtype(w.dtype), groups)
-    return Solution(q, jnp.sum(state.loss) / 2, factor.damping, factor.fallback)
+    if config.act_order == "dynamic" and plan.group < columns:
+        groups = jnp.zeros(columns, jnp.int32).at[factor.order].set(problem.place[0, :columns])
+
+    def solution(index: int, scheme: Scheme) -> Solution:
+        own = slice(index * rows, (index + 1) * rows)
+        turned = codes[:, own].T
+        if way == "kernel":  # in one kernel XLA would turn and pack single bytes from far apart
+            turned = jax.lax.optimization_barrier(turned)
+        found = parameters[index] if static else state.parameters
+        q = _assemble(turned[:, :columns], found, scheme, (rows, columns), outer[index], np.dtype(w.dtype), groups)
+        return Solution(q, jnp.sum(state.loss[:, own]) / 2, factor.damping, factor.fallback)
+
+    return [solution(index, scheme) for index, scheme in enumerate(schemes)]
+
+
+def _outer(scheme: Scheme, w: Array, factor: Factor) -> Array | None:
+    return outer_scale(scheme.scale, alive(w.astype(jnp.float32).T, factor.diagonal), scheme.element)
+
+
+def _of_whole_weight(w: Array, factor: Factor, plan: Plan, outer: Array | None) -> Parameters:
+    beyond = -w.shape[1] % plan.group
+    whole, seen = jnp.pad(w, ((0, 0), (0, beyond))), jnp.pad(factor.diagonal, (0, beyond))
+    return choose(columns_of(whole, axis=1), seen, plan.group, outer, plan)
+
+
+def _unknown(shape: tuple[int, ...], width: int, plan: Plan) -> Parameters:
+    """Of groups that are not reached yet."""
+    tile_rows = plan.scheme.granularity.tile(*shape)[0]
+    ones = jnp.ones((-(-width // plan.group), -(-shape[0] // tile_rows)), jnp.float32)
+    return Parameters(ones, ones, jnp.zeros_like(ones))
+
+
+def _side_by_side(parameters: Sequence[Parameters], rows: int) -> tuple[Array, Array]:
+    """Scales and zero points, [groups, schemes · out]; of schemes with fewer groups the rest is not read."""
+    most = max(len(each.scale) for each in parameters)
+    scale, zero = (
+        [jnp.pad(of_rows(table, rows), ((0, most - len(table)), (0, 0)), constant_values=1.0) for table in tables]
+        for tables in zip(*(each[1:] for each in parameters), strict=True)
+    )
+    return jnp.concatenate(scale, axis=1), jnp.concatenate(zero, axis=1)
 
 
 _solve = jax.jit(_solution, static_argnames=("scheme", "config", "way"))
+_solve_several = jax.jit(_solutions, static_argnames=("schemes", "config", "way"))
 _solve_soon = jax.jit(
     _solution, static_argnames=("scheme", "config", "way"), compiler_options=dispatch.WITHOUT_TRITON_GEMM
 )
@@ -161,187 +215,6 @@ def _chosen(w: Any) -> Any:
     """The program for these operands: under a trace it becomes a part of another, which has no options of its own."""
     soon = dispatch.compiles_quickly() and dispatch.on_cuda() and not isinstance(w, Tracer)
     return _solve_soon if soon else _solve
-
-
-def _shares(halves: Array, size: int) -> Array:
-    """R_ki / R_ii, k first, inside so many neighbours: [columns / size, size, size]."""
-    count = len(halves) // size
-    tiles = halves.reshape(count, size, count, size)[jnp.arange(count), :, jnp.arange(count)]
-    return jnp.tril(tiles).swapaxes(1, 2)
-
-
-def _round_spans(
-    problem: _Problem, state: _State, width: int, levels: tuple[int, ...], plan: Plan
-) -> tuple[_Part, _State]:
-    """`_round_columns` of all, part after part in the program: each knows how many columns are done before it."""
-    size, *smaller = levels
-    parts: list[_Part] = []
-    for at in range(0, width, size):
-        columns = problem.columns(jnp.int32(at), size)
-        if parts:
-            lost = jnp.concatenate([part.errors for part in parts])
-            columns += jnp.matmul(problem.halves[at : at + size, :at], lost, precision=_precision(plan))
-        if size == plan.group and plan.config.act_order != "static":
-            state = _open_group(problem, state, columns, jnp.int32(at), plan)
-        part, state = _round_columns(problem, state, columns, at, size, tuple(smaller), plan)
-        parts.append(part)
-    return _Part(*(jnp.concatenate(each) for each in zip(*parts, strict=True))), state
-
-
-def _round_columns(
-    problem: _Problem,
-    state: _State,
-    here: Array | None,
-    start: Array | int,
-    length: int,
-    levels: tuple[int, ...],
-    plan: Plan,
-) -> tuple[_Part, _State]:
-    """Rounds `length` columns from `start` on, in parts of levels[0].
-
-    `here` are they, compensated for all before them; None where that is nothing, as all are rounded.
-    """
-    size, *smaller = levels
-
-    def one_part(inner: _Problem, index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
-        done, state = carry
-        at = start + index * size
-        if here is None:
-            columns = inner.columns(at, size)
-        else:
-            columns = jax.lax.dynamic_slice_in_dim(here, index * size, size, axis=0)
-        columns = columns + _compensation(problem, done.errors, start, index * size, size, plan)
-        if size == plan.group and plan.config.act_order != "static":
-            state = _open_group(inner, state, columns, at, plan)
-        if _in_one_kernel(size, plan):
-            found, state = _round_block(inner, state, columns, at, plan)
-        elif smaller:
-            found, state = _round_columns(inner, state, columns, at, size, tuple(smaller), plan)
-        else:
-            found, state = _round_column(inner, state, columns, at, plan.scheme)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * size, axis=0)
-        return _Part(put(done.errors, found.errors), put(done.codes, found.codes)), state
-
-    shape = (length, state.loss.shape[1])
-    nothing = _Part(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.uint8))
-    parts = length // size
-    if here is not None:
-        return jax.lax.fori_loop(0, parts, partial(one_part, problem), (nothing, state))
-    together = divisor(parts, _GATHERED)
-
-    def one_stretch(index: Array, carry: tuple[_Part, _State]) -> tuple[_Part, _State]:
-        begin = index * together
-        own = problem.columns(start + begin * size, together * size)
-        inner = problem._replace(columns=within(own, start + begin * size))
-        return jax.lax.fori_loop(begin, begin + together, partial(one_part, inner), carry)
-
-    return jax.lax.fori_loop(0, parts // together, one_stretch, (nothing, state))
-
-
-def _in_one_kernel(size: int, plan: Plan) -> bool:
-    """Whether so many columns, whose parameters are known, are rounded by a kernel."""
-    known = plan.config.act_order == "static" or size <= plan.group
-    return plan.way != "jnp" and known and size <= plan.config.block and fits(plan.scheme.element, size)
-
-
-def _round_block(problem: _Problem, state: _State, columns: Array, at: Array, plan: Plan) -> tuple[_Part, _State]:
-    size, rows = columns.shape
-    places = jax.lax.dynamic_slice_in_dim(problem.place, at, size)
-    scale, zero = (_of_rows(each[places], rows) for each in state.parameters[1:])
-    weight = problem.columns(at, size)
-    block = Block(
-        columns=columns,
-        weight=weight,
-        scale=scale,
-        zero=zero if plan.scheme.zero_point == "integer" else None,
-        share=_shares(jax.lax.dynamic_slice(problem.halves, (at, at), (size, size)), size)[0],
-        root=jax.lax.dynamic_slice_in_dim(problem.root, at, size),
-    )
-    found = round_block(block, plan.scheme.element, interpret=plan.way == "interpret")
-    return _Part(found.errors, found.codes), state._replace(loss=state.loss + found.loss)
-
-
-def _compensation(problem: _Problem, errors: Array, start: Array | int, done: Array, size: int, plan: Plan) -> Array:
-    """What `errors` of the columns from `start` on leave to the `size` columns after the `done` first; [size, out].
-
-    The errors of columns not rounded yet are 0, so slices need no exact end: what else they hold, as H, does not count.
-    """
-    length, rows = errors.shape
-
-    def of_span(span: int, begin: Array | int) -> Array:
-        shares = jax.lax.dynamic_slice(problem.halves, (start + done, start + begin), (size, span))
-        left = jax.lax.dynamic_slice(errors, (begin, 0), (span, rows))
-        return jnp.matmul(shares, left, precision=_precision(plan))
-
-    span = divisor(length // size, max(1, _SPAN // size)) * size
-    if span == length or plan.way != "jnp":  # a loop of unknown length would wait for the host at every turn
-        return of_span(length, 0)
-    return jax.lax.fori_loop(
-        0,
-        (done + span - 1) // span,
-        lambda index, sum_: sum_ + of_span(span, index * span),
-        jnp.zeros((size, rows), jnp.float32),
-    )
-
-
-def _precision(plan: Plan) -> jax.lax.PrecisionLike:
-    """On a GPU three products of bfloat16 parts: their sums are 3e-5 off (2e-6 with TF32), a solution's error is the
-    same to six digits, and it takes four fifths of the time."""
-    return (
-        jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
-        if plan.way == "kernel" and dispatch.on_cuda()
-        else jax.lax.Precision.HIGHEST
-    )
-
-
-def _round_column(problem: _Problem, state: _State, column: Array, at: Array, scheme: Scheme) -> tuple[_Part, _State]:
-    rows = column.shape[1]
-    scale, zero = (
-        _of_rows(jax.lax.dynamic_slice_in_dim(each, problem.place[at], 1, axis=0), rows)
-        for each in state.parameters[1:]
-    )
-    code, value = _round(column, scale, zero, scheme)
-    lost = (column - value) * problem.root[at]
-    part = _Part(problem.columns(at, 1) - value, code)
-    return part, state._replace(loss=state.loss + lost * lost)
-
-
-def _round(column: Array, scale: Array, zero: Array, scheme: Scheme) -> tuple[Array, Array]:
-    """Codes and values of one column, [1, out] each."""
-    ratio = exact_ratio(column, scale)
-    if scheme.zero_point == "integer":
-        assert isinstance(scheme.element, IntElement)
-        code = scheme.element.encode(ratio, zero)
-        return code, scheme.element.decode(code, zero) * scale
-    code = scheme.element.encode(ratio)
-    return code, scheme.element.decode(code) * scale
-
-
-def _of_rows(per_tile: Array, rows: int) -> Array:
-    """[columns, row tiles] to [columns, out]."""
-    tile = -(-rows // per_tile.shape[1])
-    return per_tile if tile == 1 else jnp.repeat(per_tile, tile, axis=1)[:, :rows]
-
-
-def _open_group(problem: _Problem, state: _State, columns: Array, at: Array, plan: Plan) -> _State:
-    """Chooses the parameters of the group that begins at `at`; `columns` are compensated for all before it.
-
-    Each of them for itself, that is: w_j + c_j, c_j = Σ_{k<at} (w_k − q_k)·R_kj / R_jj. The weights that are best while
-    nothing in the group is rounded are w + s, and moved by s they leave something to each other as errors do: s solves
-    s_j + Σ_{at≤k<j} s_k·R_kj / R_jj = c_j.
-    """
-    size, index = len(columns), at // len(columns)
-    importance = jax.lax.dynamic_slice_in_dim(problem.importance, at, size)
-    if problem.settle is not None:
-        weight = problem.columns(at, size)
-        moves = jnp.matmul(problem.settle[index].T, columns - weight, precision=jax.lax.Precision.HIGHEST)
-        columns = weight + moves
-    found = choose(columns_of(columns, axis=0), importance, size, problem.outer, plan)
-    parameters = (
-        jax.lax.dynamic_update_slice_in_dim(whole, part, index, axis=0)
-        for whole, part in zip(state.parameters, found, strict=True)
-    )
-    return state._replace(parameters=Parameters(*parameters))
 
 
 def _assemble(

@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jquant.core.range_search import RangeSearch
 from jquant.core.scheme import scheme
 from jquant.kernels.fake_quant import fake_quantize
-from jquant.kernels.gptq_block import Block, round_block
+from jquant.kernels.gptq_block import Block, Kind, Rows, round_block
 from jquant.kernels.options import lowering_for_tpu
 from jquant.kernels.quantize_rows import quantize_rows
 from jquant.kernels.range_search import search_parameters
@@ -39,8 +39,16 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "channels": (partial(fake_quantize, scheme=scheme("int8:channel"), axis=-2), (_array(2048, 4096),)),
     "tokens": (partial(quantize_rows, scheme=scheme("int8:token")), (_array(256, 1024, dtype=jnp.bfloat16),)),
     "GPTQ's block": (
-        partial(round_block, element=INT4.element),
-        (Block(TILE, TILE, TILE, None, _array(128, 128), _array(128)),),  # pyright: ignore[reportArgumentType]
+        lambda w, *known: round_block(Block([Rows(w)], Rows(w), *known), [Kind(INT4.element, has_zero=False)], [], 128),
+        (
+            TILE,
+            _array(4, 512),
+            None,
+            _array(1, 128, dtype=jnp.int32),
+            _array(128, dtype=jnp.int32),
+            _array(128, 128),
+            _array(128),
+        ),
     ),
     "ranges": (
         lambda columns, weight: search_parameters(columns, 128, INT4, importance=weight, config=RangeSearch()).scale,
