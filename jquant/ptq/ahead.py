@@ -102,7 +102,7 @@ def _traced(
             yield ("gram", group[0]), _of_gram(module_at(block, group[0]), calls, data)
             for path in group:
                 layer = module_at(block, path)
-                programs, weight = _of_solver(layer, rules[path], "bfloat16" if data.narrow else "float32")
+                programs, weight = _of_solver(layer, rules[path], data.products)
                 yield ("solve", path), programs
                 if weight is not None and rules[path].activation is None:
                     packed[path] = nnx.eval_shape(packed_layer, layer, weight)

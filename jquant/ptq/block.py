@@ -249,7 +249,7 @@ def _solve_layer(
         module = _packed(layer, path, rule, solution.qtensor, data)
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
-    products = "bfloat16" if data is not None and data.narrow else "float32"
+    products = "float32" if data is None else data.products
     report = weight_report(prefix + path, rule, weight, solution, statistics, alone=alone, factors=products)
     if rule.activation is None:  # after the report, which needs room for another weight
         set_weight_matrix(layer, layer_programs.decoded(solution.qtensor))

@@ -24,3 +24,8 @@ class Data:
     mask: Callable[[int], jax.Array | None]  # True for positions that count; None: all do
     store: Store
     narrow: tuple[Path, ...] = ()  # layers whose factors are rounded to bfloat16 (nn/capture.py), and their statistics
+
+    @property
+    def products(self) -> Products:
+        """What factors of statistics and reports are rounded to."""
+        return "bfloat16" if self.narrow else "float32"
