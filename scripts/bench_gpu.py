@@ -1,6 +1,6 @@
 """Times jquant on one GPU against what the device allows: each figure with its floor, what it is beside, and its bar.
 
-    python scripts/bench_gpu.py                       # everything: some ten minutes on an H100, then five
+    python scripts/bench_gpu.py                       # everything: some eight minutes on an H100, then five
     python scripts/bench_gpu.py --only gptq,packed    # some of the works: see WORKS below
     python scripts/bench_gpu.py --small               # tiny sizes, to see on a CPU that it runs
 
@@ -10,41 +10,44 @@ Floors: bytes that must be moved over the bandwidth of a copy, operations over t
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
 
-One H100 (80 GB HBM3, jax 0.11.2, 2026-11-26; copy 2,670 GB/s, bf16 748, int8 1,443, fp8 1,428 T/s), milliseconds, all
-in one run of 265 s, which found most programs of an earlier one:
+One H100 (80 GB HBM3, jax 0.11.2, 2026-11-27; copy 2,570 GB/s, bf16 742, int8 1,385, fp8 1,377 T/s), milliseconds, all
+in one run of 464 s, in which everything was compiled:
 
     work                                        took    floor     bar   what limits it
-    Gram matrix 131072 × 4096                   4.26     5.88     8     (symmetry: 5/8 of the products)
-    GPTQ 4096 × 4096, range of the weights      7.4               13    Cholesky 1.6, starting kernels
-      … default, range by the output            8.5               13
-    GPTQ 4096 in, 14336 out                     12.4              16    rounding 2.8, products of bfloat16 parts 2.6,
-      … default                                 13.7              16    Cholesky 1.6, the search of the range 1.5
-    GPTQ 14336 in, 4096 out, and default        58.9 60.0         190   Cholesky 32
-    six schemes, 4096 in, 14336 out             70.5              36    4.9 × one (bar 2.5): a factor is a fifth of one
-                                                                        solution, all else is done again
-    fake-quant int4 g128, 8192²                 0.102    0.100    0.108 memory
-    W8A8 int8, 8192³                            0.835    0.762    0.897 the product, codes .09
-    W8A8 fp8, 8192³                             0.864    0.770    0.906 likewise
-    int4 product 8192², batch 1                 0.018    .013     .016  2.49 × bf16 (2.49 to 2.63 over runs; bar 2.8):
+    Gram matrix 131072 × 4096                   4.32     5.93     8     (symmetry: 5/8 of the products)
+    GPTQ 4096 × 4096, range of the weights      6.7               13    Cholesky 1.6, a column's latency
+      … default, range by the output            6.4               13
+    GPTQ 4096 in, 14336 out                     9.4               16    rounding 3, Cholesky 1.6 and its order 1.3,
+      … default                                 9.4               16    the search of the range 1.5, products .9
+    GPTQ 14336 in, 4096 out, and default        51.5 52.3         190   Cholesky 32
+    six schemes, 4096 in, 14336 out             38.5              23    4.1 × one (bar 2.5): rounding 12, searches of
+                                                                        ranges 12.5 (4 of nf4's), products 5, factor 2.9
+    fake-quant int4 g128, 8192²                 0.099    0.104    0.108 memory
+    W8A8 int8, 8192³                            0.857    0.794    0.934 the product, codes .06
+    W8A8 fp8, 8192³                             0.868    0.798    0.939 likewise
+    int4 product 8192², batch 1                 0.018    .014     .016  2.56 × bf16 (2.49 to 2.63 over runs; bar 2.8):
                                                                         kernel .0156, sums and order .0014, and
                                                                         starting both
-      … batch 16 / 128                          .021 .036   .027 .060   2.55, 1.68 ×
-      … batch 2048                              .468     .367     .489  0.94 × (bar 0.9)
-    nf4, mxfp4 product, batch 1                 .021 .021         .022  levels by a table in shared memory
+      … batch 16 / 128                          .020 .035   .027 .060   2.63, 1.71 ×
+      … batch 2048                              .465     .370     .488  0.94 × (bar 0.9)
+    nf4, mxfp4 product, batch 1                 .020 .021         .022  levels by a table in shared memory
     nvfp4 product, batch 1                      .023              .022  likewise, and a scale every 16 weights
-    fp8, int8 product, batch 1                  .030 .029 .025          bytes
-    a token of 8 blocks of 8B's shape, 1 row    bf16 2.9, int4 4.0, int8 4.3, fp8 3.3: starting kernels; 3.0 to 4.0 over
-                                                runs with int4
-      … 16 rows                                 bf16 5.1, int4 3.3, int8 5.2, fp8 3.2
+    fp8, int8 product, batch 1                  .030 .029 .026          bytes
+    a token of 8 blocks of 8B's shape, 1 row    bf16 6.3, int4 5.2, int8 4.8, fp8 6.0: the host, which starts kernels
+                                                (another machine's: 2.9, 4.0, 4.3, 3.3)
+      … 16 rows                                 bf16 4.6, int4 6.1, int8 6.3, fp8 5.0 (5.1, 3.3, 5.2, 3.2)
       … memory                                  4.01 GB, 1.45, 2.27, 2.27
-    GPTQ of a model of 8B's shape               40.7 s   6.4 s    60 s  first block 12.4 (compiling), then 0.84
+    GPTQ of a model of 8B's shape               46.8 s   6.4 s    60 s  first block 16.6 (compiling, by the host), then
+                                                                        0.83
     training step: see scripts/bench_qat.py
 
-Rows of x at which int4's product is as fast as bf16's: as dispatched 2.53 2.72 2.65 2.41 2.29 1.68 1.16 1.04 1.04 1.01
-.91 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.05 .61 .63 .31
-.32 .32 .35 .51 .70 .82 .91 .95 × (experiments/packed_crossover.png is of an earlier run). In another run the kernel by
-itself had .94 × of bf16's speed at 3072 rows (decoded first .89), .95 at 4096 (.97), .90 at 8192 (.98): it is used up
-to 3072. What limits GPTQ is of a profile of the same day.
+Rows of x at which int4's product is as fast as bf16's: as dispatched 2.52 2.70 2.59 2.38 2.23 1.69 1.17 .98 .97 .95 .91
+.93 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.05 .61 .63 .31 .32
+.33 .35 .47 .65 .83 .90 .92 × (experiments/packed_crossover.png). What limits GPTQ is of profiles of the same day.
+
+One solution of 4096 to 14336 took 13.7 ms and six took 70.5 while a kernel took 128 columns and each scheme was solved
+alone: both are faster now, the one by more, so that six are no nearer to 2.5 of one. Without its search of ranges six
+would still take 26 ms.
 """
 
 from __future__ import annotations

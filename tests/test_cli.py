@@ -153,3 +153,12 @@ def test_heavy_modules_stay_out(statement: str, absent: str) -> None:
     check = f"{statement}; import sys; print([name for name in {absent.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    run = [sys.executable, "-m", "jquant"]
+    done = subprocess.run([*run, "inspect", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("jquant: error: ")
+    done = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("jquant ")
