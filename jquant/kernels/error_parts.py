@@ -27,6 +27,14 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, x: Float32[Array, "n rows"]) -> Parts:
+        """In XLA's programs."""
+        # Not by a cast to bfloat16 and back, which XLA leaves out: the low part would be 0.
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return cls(high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16))
+
+    @classmethod
+    def inside(cls, x: Float32[Array, "n rows"]) -> Parts:
+        """In kernels, whose compilers keep a cast, and do not know `reduce_precision`."""
         high = x.astype(jnp.bfloat16)
         return cls(high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16))
 

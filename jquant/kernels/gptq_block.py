@@ -297,7 +297,7 @@ def _round_rows(kind: Kind, assembly: bool, refs: _Refs) -> None:
         at_hand, following = load(0, place(0)), load(1, place(1))
         carry = (start, loss, divisor(at_hand[4], assembly=assembly), at_hand, following, place(2))
         lost, loss, *_ = jax.lax.fori_loop(0, size, one_column, carry)
-        high, low = Parts.of(lost)
+        high, low = Parts.inside(lost)
         for each in refs.errors:
             for index, found in enumerate((high, low, high)):
                 each[pl.ds(index * n + part * size, size), :] = found
