@@ -10,17 +10,18 @@ Floors: bytes that must be moved over the bandwidth of a copy, operations over t
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
 
-One H100 (80 GB HBM3, jax 0.11.2, 2026-11-27; copy 2,570 GB/s, bf16 742, int8 1,385, fp8 1,377 T/s), milliseconds, all
-in one run of 464 s, in which everything was compiled:
+One H100 (80 GB HBM3, jax 0.11.2, 2026-11-27; copy 2,570 GB/s, bf16 742, int8 1,385, fp8 1,377 T/s), milliseconds, in
+one run of 464 s, in which everything was compiled; but GPTQ's rows, of which a part was mended after it, of a run of
+their own on another H100 (that run had 6.7 6.4, 9.4 9.4, 51.5 52.3 and 38.5):
 
     work                                        took    floor     bar   what limits it
     Gram matrix 131072 × 4096                   4.32     5.93     8     (symmetry: 5/8 of the products)
-    GPTQ 4096 × 4096, range of the weights      6.7               13    Cholesky 1.6, a column's latency
+    GPTQ 4096 × 4096, range of the weights      6.0               13    Cholesky 1.6, a column's latency
       … default, range by the output            6.4               13
-    GPTQ 4096 in, 14336 out                     9.4               16    rounding 3, Cholesky 1.6 and its order 1.3,
-      … default                                 9.4               16    the search of the range 1.5, products .9
-    GPTQ 14336 in, 4096 out, and default        51.5 52.3         190   Cholesky 32
-    six schemes, 4096 in, 14336 out             38.5              23    4.1 × one (bar 2.5): rounding 12, searches of
+    GPTQ 4096 in, 14336 out                     8.8               16    rounding 3, Cholesky 1.6 and its order 1.3,
+      … default                                 9.1               16    the search of the range 1.5, products .9
+    GPTQ 14336 in, 4096 out, and default        50.7 50.4         190   Cholesky 32
+    six schemes, 4096 in, 14336 out             37.3              21    4.4 × one (bar 2.5): rounding 12, searches of
                                                                         ranges 12.5 (4 of nf4's), products 5, factor 2.9
     fake-quant int4 g128, 8192²                 0.099    0.104    0.108 memory
     W8A8 int8, 8192³                            0.857    0.794    0.934 the product, codes .06
