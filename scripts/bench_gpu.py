@@ -12,7 +12,7 @@ a row, so that the host is not what is measured. scripts/bench_qat.py has the tr
 
 One H100 (80 GB HBM3, jax 0.11.2, 2026-11-27; copy 2,570 GB/s, bf16 742, int8 1,385, fp8 1,377 T/s), milliseconds, in
 one run of 464 s, in which everything was compiled; but GPTQ's rows, of which a part was mended after it, of a run of
-their own on another H100 (that run had 6.7 6.4, 9.4 9.4, 51.5 52.3 and 38.5):
+their own on another H100 (that run had 6.7 6.4, 9.4 9.4, 51.5 52.3 and 38.5; the model of 8B's shape is of that run):
 
     work                                        took    floor     bar   what limits it
     Gram matrix 131072 × 4096                   4.32     5.93     8     (symmetry: 5/8 of the products)
@@ -48,7 +48,7 @@ Rows of x at which int4's product is as fast as bf16's: as dispatched 2.52 2.70 
 
 One solution of 4096 to 14336 took 13.7 ms and six took 70.5 while a kernel took 128 columns and each scheme was solved
 alone: both are faster now, the one by more, so that six are no nearer to 2.5 of one. Without its search of ranges six
-would still take 26 ms.
+would take some 25 ms still.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ from jquant.kernels.packed_matmul import fits, packed_matmul
 FEW_ROWS, FEW_ROWS_ON_HOPPER = 128, 3072
 
 # For programs with many products of float32: among kernels of its own XLA looks for a second a shape. cuBLAS's are up
-# to a quarter slower (the solver of 4096 in, 14336 out: 11.3 s to compile or 2.6; on an H100 15 to 20 ms to run), which
-# the few blocks of a model do not make up for.
+# to a quarter slower (GPTQ's solver of 4096 in, 14336 out, as it once was: 11.3 s to compile or 2.6, 15 to 20 ms to run
+# on an H100), which the few blocks of a model do not make up for.
 WITHOUT_TRITON_GEMM = {"xla_gpu_enable_triton_gemm": False}
 
 Mode = Literal["auto", "jnp", "interpret", "tpu"]

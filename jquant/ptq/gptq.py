@@ -87,7 +87,8 @@ def solve_schemes(
     found: dict[Scheme, Solution] = {}
     for begin in range(0, len(beside), most):
         some = tuple(dict.fromkeys(beside[begin : begin + most]))
-        found |= dict(zip(some, _solve_several(w, factor, some, config, way), strict=True))
+        if len(some) > 1:  # else it has a program already
+            found |= dict(zip(some, _solve_several(w, factor, some, config, way), strict=True))
     return [found[each] if each in found else solve_with(w, factor, each, config=config) for each in schemes]
 
 

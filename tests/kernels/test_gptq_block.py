@@ -56,7 +56,7 @@ def check_against_reference(kinds: list[Kind], columns: int, out: int) -> None:
     found = round_block(block, kinds, [Errors(None, 1), Errors(others, 3, 1)], rest, interpret=INTERPRET)
     np.testing.assert_array_equal(found.codes[block.number], codes)
     np.testing.assert_array_equal(found.codes[columns:], rest[columns:])
-    np.testing.assert_allclose(found.loss, loss, rtol=1e-5, atol=1e-7)  # of columns about 1
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-5, atol=1e-7)  # (w̃ − q)² of w̃ about 1
     first, among = found.errors
     assert first.whole is not None
     assert among.whole is not None
@@ -175,7 +175,7 @@ def problem(act_order: str) -> tuple[jax.Array, gptq.Factor, gptq.GPTQConfig]:
 
 def check_alike(found: Solution, expected: Solution) -> None:
     # Sums are taken in another order, and of 16 bits: a code at a tie may differ, and then all after it.
-    assert float(jnp.mean(found.qtensor.codes() != expected.qtensor.codes())) < 0.02
+    assert float(jnp.mean(found.qtensor.codes() != expected.qtensor.codes())) < 0.01
     np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-2)
 
 
