@@ -46,6 +46,7 @@ RECIPES = {
         "int8:channel", gradient="lsq", activation="int8:tensor", activation_gradient="lsq"
     ),
 }
+QUICK = ("int3, trained", "int4 by int8")  # to compile
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def _run(source: Path, out: Path, recipe: Recipe, config: QATConfig = CONFIG, **
     return result
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_what_is_loaded_is_what_was_trained(name: str, source: Path, tmp_path: Path) -> None:
     """Its perplexity to the last bit; and what is evaluated on the way changes nothing."""
     evaluation = _windows(source, "pydoc", 4)

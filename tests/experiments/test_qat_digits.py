@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from experiments.qat_digits import Data, Net, one_seed, quantized
@@ -20,6 +21,7 @@ def stripes(count: int) -> Data:
     return Data(images, labels)
 
 
+@pytest.mark.slow
 def test_one_seed() -> None:
     found = one_seed(stripes(300), 0, epochs=6, held_out=60, widths=(2,))
     assert list(found) == ["float", "float, trained on", "int2 PTQ rtn", "int2 PTQ mse", "int2 QAT"]

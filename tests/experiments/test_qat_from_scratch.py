@@ -23,6 +23,7 @@ SMALL = Settings(
 )
 
 
+@pytest.mark.slow
 def test_a_second_call_takes_its_figures_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(tmp_path, SMALL)
     assert first.splitlines()[-1].startswith("int2:g64:asym")

@@ -42,7 +42,9 @@ CHECKPOINTS = tuple(f"checkpoint {name}" for name in (*FOLDERS, "llama_b.gguf", 
 
 def run(batch: Iterable[str]) -> list[list]:
     """Runs SEED:FIRST:COUNT …; the records of the cases: [seed, number, mutator, outcome, bytes, seconds]."""
-    command = [sys.executable, "-W", "error", "-m", "tests.io.fuzz", *batch]
+    # Of a program that another worker is writing at that moment jax warns, and compiles it.
+    strict = ["-W", "error", "-W", "default:Error reading persistent compilation cache"]
+    command = [sys.executable, *strict, "-m", "tests.io.fuzz", *batch]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"

@@ -108,7 +108,7 @@ def test_solver_with_and_without(spec: str, act_order: str) -> None:
     check_alike(gptq._solve(weight, factor, scheme(spec), config, KERNEL), expected)
 
 
-@pytest.mark.parametrize("act_order", ["static", "none"])
+@pytest.mark.parametrize("act_order", ["static", pytest.param("none", marks=pytest.mark.slow)])
 def test_schemes_solved_together_are_those_solved_alone(act_order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JQUANT_KERNELS", "interpret" if INTERPRET else "auto")
     weight, factor, config = problem(act_order)

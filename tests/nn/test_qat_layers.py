@@ -217,7 +217,7 @@ def _x(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(3).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("gradient", ["clipped_ste", "lsq"])
+@pytest.mark.parametrize("gradient", ["clipped_ste", pytest.param("lsq", marks=pytest.mark.slow)])
 def test_scan_over_layers_is_the_loop_over_them(gradient: str) -> None:
     create = nnx.vmap(lambda rngs: Stacked(rngs), in_axes=0, out_axes=0)
     stack = create(nnx.Rngs(0).split(3))
@@ -350,6 +350,7 @@ def test_bfloat16_computes_on_weights_quantized_from_float32(kind: str) -> None:
         assert np.any(gradient != 0), name
 
 
+@pytest.mark.slow
 def test_layers_that_compute_in_more_bits_than_they_store() -> None:
     """Values are rounded to what is stored, by kernels too: packed layers give the outputs of training."""
     for mode in ("jnp", "interpret"):

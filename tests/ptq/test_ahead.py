@@ -38,7 +38,7 @@ WORKING = (
 )
 
 
-@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("products", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_nothing_is_compiled_twice(products: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokens = np.random.default_rng(0).integers(0, 60, (2, 2, 16)).astype(np.int32)
     method = Step("gptq", (("range", "minmax"),))

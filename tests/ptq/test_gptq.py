@@ -136,6 +136,7 @@ def test_output_error_is_below_that_of_rounding(spec: str, config: GPTQConfig) -
         assert _error(np.asarray(dequantize(found))) < 0.9 * error
 
 
+@pytest.mark.slow
 def test_searched_ranges_and_orders_help() -> None:
     """On these data each part of the default config pays at 3 bits."""
     error = {
@@ -205,6 +206,7 @@ def _assert_same(found: QTensor, expected: QTensor) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=loose if summed else 0)
 
 
+@pytest.mark.slow
 def test_ranges_are_the_same_however_many_are_searched_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eleven groups: all at once, in fours and in twos, the last of which begin a group earlier."""
     rng = np.random.default_rng(0)
@@ -294,6 +296,7 @@ def test_the_matrix_outlives_a_failed_factorization() -> None:
     np.testing.assert_allclose(np.tril(found.halves), np.tril(at_once.halves), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_wide_layer_is_solved_in_the_memory_of_its_gram_matrix() -> None:
     """Beside matrix and weight: half a matrix for the factor, and two weights and a half for the solution."""
     rows, columns = 1024, 2048

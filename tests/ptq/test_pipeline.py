@@ -184,6 +184,7 @@ def test_activations_are_quantized_where_a_rule_says_so(activation: str) -> None
     assert float(error) < 0.15  # two layers deep, and random weights pass errors on whole
 
 
+@pytest.mark.slow
 def test_awq_then_gptq_is_better_than_either_start() -> None:
     errors = {}
     for name in ("rtn", "awq", "awq+gptq"):
@@ -274,7 +275,10 @@ def test_few_tokens_are_damped_and_reported() -> None:
     assert all(layer.damping > 0.0099 and not layer.fallback for layer in coverage.layers)
 
 
-@pytest.mark.parametrize("axes", [{"tensor": 8}, {"data": 2}, {"data": 2, "tensor": 4}])
+@pytest.mark.parametrize(
+    "axes",
+    [*(pytest.param(axes, marks=pytest.mark.slow) for axes in ({"tensor": 8}, {"data": 2})), {"data": 2, "tensor": 4}],
+)
 def test_sharded_is_unsharded(axes: dict[str, int], quantized: tuple[Any, Coverage]) -> None:
     """Rows of weights alone: bit for bit. Batches: sums in another order, which may turn single codes over."""
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))

@@ -98,12 +98,19 @@ def test_blocks_are_gathered_one_at_a_time() -> None:
     assert (found[1] - found[0]) / 4 < 0.75 * block
 
 
+LONGER = (
+    *((mesh, True, 1024) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2")),
+    *(("fsdp=8", False, vocabulary) for vocabulary in (1023, 1024)),
+    ("data=2,fsdp=2,tensor=2", True, 1023),
+)
+
+
 @pytest.mark.parametrize(
     ("mesh", "tied", "vocabulary"),
     [
-        *((mesh, tied, 1024) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2") for tied in (True, False)),
-        *(("fsdp=8", tied, 1023) for tied in (True, False)),
-        ("data=2,fsdp=2,tensor=2", True, 1023),
+        ("fsdp=8", True, 1023),
+        ("data=2,fsdp=2,tensor=2", False, 1024),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in LONGER),
     ],
 )
 def test_no_device_gathers_a_table(mesh: str, tied: bool, vocabulary: int) -> None:

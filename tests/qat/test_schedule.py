@@ -68,6 +68,7 @@ def test_a_run_goes_through_them() -> None:
     qat.convert(net)
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_same_bits_across_stages(tmp_path: Path) -> None:
     class Stop(Exception):
         pass

@@ -66,7 +66,15 @@ def test_training_parameters_are_the_float_model_s(model: Decoder) -> None:
     assert model.blocks[0].attn.q_proj.weight is weight
 
 
-@pytest.mark.parametrize("name", ["int4-g128", "int3-g64-lsq", "w8a8", "fp8", "nf4", "nvfp4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4-g128",
+        "int3-g64-lsq",
+        "w8a8",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "nf4", "nvfp4")),
+    ],
+)
 def test_presets_train_and_convert_to_the_same_logits(name: str) -> None:
     model = tiny_model(layers=1)
     plain = _logits(model)

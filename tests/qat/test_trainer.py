@@ -87,7 +87,9 @@ def test_microbatches_give_what_one_batch_gives() -> None:
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("data=8", marks=pytest.mark.slow), "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"]
+)
 def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
     alone, _, heard = _run(_config(steps=4), Net(dropout=0.0))
     spread, _, heard_too = _run(_config(steps=4, mesh=mesh), Net(dropout=0.0))
