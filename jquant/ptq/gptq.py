@@ -108,8 +108,10 @@ def _stands_beside(scheme: Scheme, shape: tuple[int, ...], config: GPTQConfig, w
 
 
 def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[Any]:
-    """What `factorize_in_place` and `solve_with` compile for such operands, traced; nothing is computed."""
+    """What `factorize_in_place` and `solve_with` compile for such operands, traced; nothing is computed. Refuses what
+    `solve` does."""
     factorizing = traced_factorization(gram, config, in_place=True)
+    _check(w, factorizing.out_info, scheme)
     return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way())]
 
 

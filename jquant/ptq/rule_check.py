@@ -14,7 +14,9 @@ from jquant.core.scheme import scheme
 from jquant.nn.surgery import Path
 from jquant.ptq.block import rule_needs_data, solve
 from jquant.ptq.data import Products
+from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
+from jquant.ptq.transforms import configured
 
 EMBEDDING = "embed"
 
@@ -48,9 +50,12 @@ def check_products(products: str, rules: Mapping[Path, Rule]) -> None:
 
 def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:
     """The shapes of the rule's solution on a weight of this shape. Raises InputError where the method refuses it."""
-
-    def on_nothing() -> Any:
-        square = jnp.zeros((*shape[:-2], shape[-1], shape[-1]))
-        return solve(jnp.zeros(shape), Gram(square, jnp.zeros(shape[:-2])), scheme(rule.scheme or ""), rule)
-
-    return jax.eval_shape(on_nothing)
+    method, known = SOLVERS[rule.method.name], scheme(rule.scheme or "")
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    square, rows = (jax.ShapeDtypeStruct((*shape[:-2], *more), jnp.float32) for more in ((shape[-1],) * 2, ()))
+    gram = Gram(square, rows)
+    if method.programs is not None and len(shape) == 2:  # those that will run: what is traced here serves them
+        return method.programs(weight, gram, known, configured(SOLVERS, rule.method.name, rule.method.options))[
+            -1
+        ].out_info
+    return jax.eval_shape(lambda weight, gram: solve(weight, gram, known, rule), weight, gram)
