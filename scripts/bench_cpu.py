@@ -4,7 +4,7 @@
 
 PEER_PYTHON, QWIX_PYTHON and COMPRESSOR_PYTHON are the environments that scripts/bench_cpu_peers.py describes; without
 them our own figures are printed alone. Works of one thread are pinned to one core. Medians; the machine's noise is in
-the minima beside them. Takes about three minutes on 2 cores, and ten more with COMPRESSOR_PYTHON.
+the minima beside them. Takes about three minutes on 2 cores, and twelve more with COMPRESSOR_PYTHON.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> None:
     table: list[str] = []
     if arguments.only != "quantize":
         peer(arguments.compressor, "gptq-solve", "gptq-model", "--gguf", str(gguf))
+        peer(arguments.compressor, "gptq-model-bfloat16", "--gguf", str(gguf))
         solves = ours("gptq-solve", pinned=False)
         models = {name: ours(work, pinned=False) for name, work in _FIRST_RUNS.items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -123,6 +124,9 @@ def _gptq_rows(solves: dict[str, Row], models: dict[str, Row], theirs: dict[str,
     for name, row in models.items():
         title = f"GPTQ of SmolLM2, {name}"
         rows.append(_against(title, row, theirs.get("gptq-model"), "≤", 1 / 3, "of llm-compressor"))
+        if "bf16" in name:
+            beside = "  the same, and their model in bfloat16"
+            rows.append(_against(beside, row, theirs.get("gptq-model-bfloat16"), "≤", None, "of llm-compressor"))
     return rows
 
 
@@ -153,31 +157,32 @@ def _gptq_solve() -> dict[str, Row]:
 
 
 # Rows of the whole model, to int4 g64 with 32 windows of 512 tokens: each in a process of its own, as users run it, and
-# not in what another row has left behind.
+# not in what another row has left behind. llm-compressor's is plain GPTQ: no order, ranges from least to largest.
 _FIRST_RUNS = {"plain": "gptq-plain", "default": "gptq-default", "bf16 products": "gptq-bfloat16"}
 _LATER_RUNS = {
     "default, a later run": ("gptq-default-block", "gptq-default-kept"),
     "bf16 products, a later run": ("gptq-bfloat16-block", "gptq-bfloat16-kept"),
+    "plain, bf16, by two windows, later": ("gptq-plain-bfloat16-block", "gptq-plain-bfloat16-kept"),
 }
 
 
-def _gptq_kept(products: Products, blocks: int | None = None) -> Row:
+def _gptq_kept(name: str, products: Products, *, blocks: int | None = None, batch: int = 1) -> Row:
     """A run in a process that finds the programs of an earlier one, as the command line does; those of one block are
     all of a model's."""
     from jquant import programs
 
     programs.keep()
-    return _whole_model({}, products, blocks)
+    return _whole_model(name, products, blocks=blocks, batch=batch)
 
 
-def _whole_model(options: dict[str, str], products: Products, blocks: int | None = None) -> Row:
+def _whole_model(name: str, products: Products, *, blocks: int | None = None, batch: int = 1) -> Row:
     import numpy as np
     from flax import nnx
 
     import jquant
 
-    tokens = np.random.default_rng(0).integers(0, 49_152, (32, 1, 512)).astype(np.int32)
-    step = jquant.Step("gptq", tuple(options.items()))
+    tokens = np.random.default_rng(0).integers(0, 49_152, (32 // batch, batch, 512)).astype(np.int32)
+    step = jquant.Step("gptq", tuple(_GPTQ[name].items()))
     recipe = jquant.Recipe(rules=(jquant.Rule(layers=(r"^blocks\.",), scheme="int4:g64", method=step),))
     model = jquant.load_model("demo")
     model.blocks = nnx.List(list(model.blocks)[:blocks])
@@ -337,13 +342,15 @@ WORKS: dict[str, Callable[[], Any]] = {
     "q4_k": _q4_k,
     "decode": _decode,
     "gptq-solve": _gptq_solve,
-    "gptq-plain": lambda: _whole_model(_GPTQ["plain"], "float32"),
-    "gptq-default": lambda: _whole_model({}, "float32"),
-    "gptq-bfloat16": lambda: _whole_model({}, "bfloat16"),
-    "gptq-default-block": lambda: _gptq_kept("float32", blocks=1),
-    "gptq-default-kept": lambda: _gptq_kept("float32"),
-    "gptq-bfloat16-block": lambda: _gptq_kept("bfloat16", blocks=1),
-    "gptq-bfloat16-kept": lambda: _gptq_kept("bfloat16"),
+    "gptq-plain": lambda: _whole_model("plain", "float32"),
+    "gptq-default": lambda: _whole_model("default", "float32"),
+    "gptq-bfloat16": lambda: _whole_model("default", "bfloat16"),
+    "gptq-default-block": lambda: _gptq_kept("default", "float32", blocks=1),
+    "gptq-default-kept": lambda: _gptq_kept("default", "float32"),
+    "gptq-bfloat16-block": lambda: _gptq_kept("default", "bfloat16", blocks=1),
+    "gptq-bfloat16-kept": lambda: _gptq_kept("default", "bfloat16"),
+    "gptq-plain-bfloat16-block": lambda: _gptq_kept("plain", "bfloat16", blocks=1, batch=2),
+    "gptq-plain-bfloat16-kept": lambda: _gptq_kept("plain", "bfloat16", batch=2),
     "gptq-six": _gptq_six,
     "smollm2": _smollm2,
     "load": _load,

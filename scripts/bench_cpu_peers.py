@@ -5,6 +5,7 @@
     PEER_PYTHON scripts/bench_cpu_peers.py gguf-encode ggml-encode gguf-decode
     QWIX_PYTHON scripts/bench_cpu_peers.py qwix
     COMPRESSOR_PYTHON scripts/bench_cpu_peers.py gptq-solve gptq-model --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+    COMPRESSOR_PYTHON scripts/bench_cpu_peers.py gptq-model-bfloat16 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 PEER_PYTHON is an environment with torch, bitsandbytes, transformers, gguf, libggml-python and accelerate (and a C++
 compiler on the path, for torch.compile); QWIX_PYTHON one with jax 0.10.2 and qwix 0.1.8, COMPRESSOR_PYTHON one with
@@ -26,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,9 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=0, help="the core of the works that take one thread")
     parser.add_argument("--gguf", type=Path, help="the SmolLM2 file that smollm2 loads")
     arguments = parser.parse_args()
-    if {"smollm2", "gptq-model"} & set(arguments.works) and (arguments.gguf is None or not arguments.gguf.is_file()):
-        parser.error(f"smollm2 and gptq-model need --gguf FILE, the SmolLM2 GGUF; got {arguments.gguf}")
+    of_a_model = {"smollm2", "gptq-model", "gptq-model-bfloat16"} & set(arguments.works)
+    if of_a_model and (arguments.gguf is None or not arguments.gguf.is_file()):
+        parser.error(f"{', '.join(sorted(of_a_model))}: needs --gguf FILE, the SmolLM2 GGUF; got {arguments.gguf}")
     for work in arguments.works:
         everything = os.sched_getaffinity(0)
         for row in WORKS[work](arguments):
@@ -225,8 +228,9 @@ def gptq_solve(arguments: argparse.Namespace) -> Iterator[Row]:
     yield _compressor(seconds[1:]) | {"threads": arguments.threads}
 
 
-def gptq_model(arguments: argparse.Namespace) -> Iterator[Row]:
-    """GPTQ of all of SmolLM2's block layers to int4 g64, from 32 windows of 512 tokens."""
+def gptq_model(arguments: argparse.Namespace, dtype: str = "float32") -> Iterator[Row]:
+    """GPTQ of all of SmolLM2's block layers to int4 g64, from 32 windows of 512 tokens; weights and activations in
+    `dtype`."""
     import datasets
     import torch
     from llmcompressor import oneshot
@@ -250,7 +254,7 @@ def gptq_model(arguments: argparse.Namespace) -> Iterator[Row]:
     del model.config.quantization_config  # the weights are floats by now
     model.hf_quantizer = None
     model.save_pretrained(beside)
-    model = AutoModelForCausalLM.from_pretrained(beside, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(beside, dtype=getattr(torch, dtype))
     start = time.perf_counter()
     oneshot(
         model=model,
@@ -283,6 +287,7 @@ WORKS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "qwix": qwix,
     "gptq-solve": gptq_solve,
     "gptq-model": gptq_model,
+    "gptq-model-bfloat16": partial(gptq_model, dtype="bfloat16"),
 }
 
 
