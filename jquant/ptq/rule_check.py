@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 
 from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
@@ -51,11 +50,13 @@ def check_products(products: str, rules: Mapping[Path, Rule]) -> None:
 def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:
     """The shapes of the rule's solution on a weight of this shape. Raises InputError where the method refuses it."""
     method, known = SOLVERS[rule.method.name], scheme(rule.scheme or "")
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    square, rows = (jax.ShapeDtypeStruct((*shape[:-2], *more), jnp.float32) for more in ((shape[-1],) * 2, ()))
+    weight, square, rows = (_float32(*each) for each in (shape, (*shape[:-2], shape[-1], shape[-1]), shape[:-2]))
     gram = Gram(square, rows)
     if method.programs is not None and len(shape) == 2:  # those that will run: what is traced here serves them
-        return method.programs(weight, gram, known, configured(SOLVERS, rule.method.name, rule.method.options))[
-            -1
-        ].out_info
+        config = configured(SOLVERS, rule.method.name, rule.method.options)
+        return method.programs(weight, gram, known, config)[-1].out_info
     return jax.eval_shape(lambda weight, gram: solve(weight, gram, known, rule), weight, gram)
+
+
+def _float32(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, "float32")
