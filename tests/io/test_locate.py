@@ -60,7 +60,9 @@ def test_the_demo_is_missing(monkeypatch):
         "ö/x",
     ],
 )
-def test_what_model_may_be(model):
+def test_what_model_may_be(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # where none of these is a file by chance
     with pytest.raises(InputError, match=r"MODEL is 'demo', the path .* Hub id owner/name\[@revision\]") as caught:
         locate_model(model)
     assert len(str(caught.value)) < 500
