@@ -38,10 +38,26 @@ def keep() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
+    _remove_halves(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MOST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return folder
+
+
+def _remove_halves(folder: Path) -> None:
+    """Removes what a process that was killed left half written: jax would warn of it in every run, and keep nothing
+    more. It writes a program first, under a lock, and then when it was used last."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / ".lockfile", timeout=1):  # jax's own
+            names = {path.name for path in folder.iterdir()}
+            for name in names:
+                if name.endswith("-cache") and f"{name.removesuffix('-cache')}-atime" not in names:
+                    (folder / name).unlink(missing_ok=True)
+    except (Timeout, OSError):  # another process is at work there, or nothing can be removed
+        return
 
 
 def _user_cache() -> Path:

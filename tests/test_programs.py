@@ -58,6 +58,26 @@ def test_a_later_process_finds_them(tmp_path: Path) -> None:
     assert found[0][0].startswith(str(tmp_path / "jquant" / "programs"))
 
 
+def test_what_a_killed_process_left_is_written_anew(tmp_path: Path) -> None:
+    """jax writes a program, and then a file beside it: of what was cut short there is no such file."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "JQUANT_"))}
+    for hit in ("False", "False", "True"):
+        process = subprocess.run(
+            [sys.executable, "-W", "error", "-c", COUNTS_HITS],
+            env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        folder, found = process.stdout.split()
+        assert found == hit
+        if not (tmp_path / "cut").exists():
+            for whole in Path(folder).glob("*-cache"):
+                whole.write_bytes(whole.read_bytes()[:50])
+                whole.with_name(whole.name.removesuffix("-cache") + "-atime").unlink()
+            (tmp_path / "cut").touch()
+
+
 @pytest.mark.usefixtures("as_of_a_user")
 def test_the_command_line_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["formats"]) == 0
