@@ -41,41 +41,31 @@ def as_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
         jax.config.update(name, value)
 
 
-def test_a_later_process_finds_them(tmp_path: Path) -> None:
+def in_a_process(home: Path) -> tuple[Path, bool]:
+    """The folder, and whether the program was found there; a warning fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "JQUANT_"))}
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", COUNTS_HITS],
-            env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-        for _ in range(2)
-    ]
-    assert [hit for _, hit in found] == ["False", "True"]
-    assert found[0][0] == found[1][0]
-    assert found[0][0].startswith(str(tmp_path / "jquant" / "programs"))
+    command = [sys.executable, "-W", "error", "-c", COUNTS_HITS]
+    environment["XDG_CACHE_HOME"] = str(home)
+    folder, hit = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    return Path(folder), hit == "True"
+
+
+def test_a_later_process_finds_them(tmp_path: Path) -> None:
+    first, second = in_a_process(tmp_path), in_a_process(tmp_path)
+    assert [hit for _, hit in (first, second)] == [False, True]
+    assert first[0] == second[0]
+    assert first[0].is_relative_to(tmp_path / "jquant" / "programs")
 
 
 def test_what_a_killed_process_left_is_written_anew(tmp_path: Path) -> None:
     """jax writes a program, and then a file beside it: of what was cut short there is no such file."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "JQUANT_"))}
-    for hit in ("False", "False", "True"):
-        process = subprocess.run(
-            [sys.executable, "-W", "error", "-c", COUNTS_HITS],
-            env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        folder, found = process.stdout.split()
-        assert found == hit
-        if not (tmp_path / "cut").exists():
-            for whole in Path(folder).glob("*-cache"):
-                whole.write_bytes(whole.read_bytes()[:50])
-                whole.with_name(whole.name.removesuffix("-cache") + "-atime").unlink()
-            (tmp_path / "cut").touch()
+    folder, _ = in_a_process(tmp_path)
+    programs_there = list(folder.glob("*-cache"))
+    assert programs_there
+    for program in programs_there:
+        program.write_bytes(program.read_bytes()[:50])
+        program.with_name(program.name.removesuffix("-cache") + "-atime").unlink()
+    assert [in_a_process(tmp_path)[1] for _ in range(2)] == [False, True]
 
 
 @pytest.mark.usefixtures("as_of_a_user")

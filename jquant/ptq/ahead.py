@@ -128,16 +128,25 @@ def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
 
 def _of_solver(layer: nnx.Module, rule: Rule, products: str) -> tuple[list[Any], QTensor | None]:
     """The programs, and what they make of the weight, where that can be foreseen."""
-    method = SOLVERS[rule.method.name]
     weight = weight_matrix(layer)
-    if method.programs is None or weight.ndim != 2:
+    programs = traced_solver(weight, rule)
+    if programs is None:
         return [], None
-    scheme, size = parse_scheme(rule.scheme or ""), weight.shape[1]
-    known = Gram(_float32(size, size), _float32())
-    config = configured(SOLVERS, rule.method.name, rule.method.options)
-    factorizing, solving = method.programs(weight, known, scheme, config)
+    factorizing, solving = programs
+    scheme = parse_scheme(rule.scheme or "")
     report = layer_programs.traced_report(weight, solving.out_info.qtensor, scheme, factorizing.out_info.gram, products)
     return [is_finite.trace(weight), factorizing, solving, *report], solving.out_info.qtensor
+
+
+def traced_solver(weight: Any, rule: Rule) -> list[Any] | None:
+    """The programs of the rule's solver on a weight, which may be abstract; None where they cannot be foreseen."""
+    method = SOLVERS[rule.method.name]
+    if method.programs is None or weight.ndim != 2:
+        return None
+    size = weight.shape[1]
+    known = Gram(_float32(size, size), _float32())
+    config = configured(SOLVERS, rule.method.name, rule.method.options)
+    return method.programs(weight, known, parse_scheme(rule.scheme or ""), config)
 
 
 def _cores() -> int:

@@ -11,11 +11,10 @@ from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
 from jquant.nn.surgery import Path
+from jquant.ptq.ahead import traced_solver
 from jquant.ptq.block import rule_needs_data, solve
 from jquant.ptq.data import Products
-from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
-from jquant.ptq.transforms import configured
 
 EMBEDDING = "embed"
 
@@ -49,14 +48,12 @@ def check_products(products: str, rules: Mapping[Path, Rule]) -> None:
 
 def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:
     """The shapes of the rule's solution on a weight of this shape. Raises InputError where the method refuses it."""
-    method, known = SOLVERS[rule.method.name], scheme(rule.scheme or "")
-    weight, square, rows = (_float32(*each) for each in (shape, (*shape[:-2], shape[-1], shape[-1]), shape[:-2]))
-    gram = Gram(square, rows)
-    if method.programs is not None and len(shape) == 2:  # those that will run: what is traced here serves them
-        config = configured(SOLVERS, rule.method.name, rule.method.options)
-        return method.programs(weight, gram, known, config)[-1].out_info
-    return jax.eval_shape(lambda weight, gram: solve(weight, gram, known, rule), weight, gram)
-
-
-def _float32(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, "float32")
+    weight = jax.ShapeDtypeStruct(shape, "float32")
+    programs = traced_solver(weight, rule)
+    if programs is not None:  # those that will run: what is traced here serves them
+        return programs[-1].out_info
+    square, rows = (jax.ShapeDtypeStruct((*shape[:-2], *more), "float32") for more in ((shape[-1],) * 2, ()))
+    return jax.eval_shape(
+        lambda weight, square, rows: solve(weight, Gram(square, rows), scheme(rule.scheme or ""), rule),
+        *(weight, square, rows),
+    )
