@@ -272,46 +272,53 @@ def fake_quant(device: Device) -> None:
 def packed(device: Device) -> None:
     """Three weights in turn, so that none is in the L2 cache, in one compiled loop."""
     side = device.side(8192)
-    weights = [jax.random.normal(jax.random.key(i), (side, side), BF16) for i in range(3)]
+    weights = weights_of(side)
 
     def ours(x: jax.Array, q: QTensor) -> jax.Array:
-        found = dispatch.multiply_packed(x, q)
+        found = dispatch.multiply_packed(x, q, dtype=x.dtype)
         return matmul_transposed(x, jquant.dequantize(q, BF16)) if found is None else found
 
     bars = {1: 2.8, 16: 2.0, 128: 1.0, 2048: 0.9}
     plain = {batch: chained(batch, matmul_transposed, weights) for batch in bars}
     int4 = 0.0
-    for spec in ("int4:g128", "nf4:g128", "mxfp4", "nvfp4", "fp8_e4m3:channel", "int8:channel"):
+    one_row = ("nf4:g128", "mxfp4", "nvfp4", "fp8_e4m3:channel", "int8:channel")
+    for spec in ("int4:g128", "int4:g128:bf16", "int4:g128:asym:fp16", *one_row):
         packed = [jquant.quantize(weight, jquant.scheme(spec)) for weight in weights]
         for batch in bars if spec == "int4:g128" else (1,):
             took = chained(batch, ours, packed)
             reading, multiplying = packed[0].nbytes / device.bandwidth, 2 * batch * side**2 / device.rates["bf16"]
             int4 = took if (spec, batch) == ("int4:g128", 1) else int4
-            bar = plain[batch] / bars[batch] if spec == "int4:g128" else None
+            bar = plain[batch] / bars[batch] if spec.startswith("int4:g128") else None
             if bar is None and packed[0].bits_per_weight < 5:
                 bar = 1.2 * int4
             note = f"{plain[batch] / took:.2f} × as fast as bf16"
             row(f"{spec} product, {side}², batch {batch}", took, max(reading, multiplying), bar, note)
 
 
-def chained(batch: int, apply: Callable[[jax.Array, Any], jax.Array], operands: list[Any]) -> float:
-    """Seconds of a product among many that follow each other, the weights in turn.
+def weights_of(side: int) -> list[jax.Array]:
+    """Three, whose products are as large as what they multiply."""
+    return [(side**-0.5 * jax.random.normal(jax.random.key(i), (side, side))).astype(BF16) for i in range(3)]
 
-    Where products are short, four turns stand in the loop's body: its counter is kernels of its own, which would count
+
+def chained(batch: int, apply: Callable[[jax.Array, Any], jax.Array], operands: list[Any]) -> float:
+    """Seconds of a product among many that follow each other, the weights in turn, with nothing between them.
+
+    Where products are short, eight turns stand in the loop's body: its counter is kernels of its own, which would count
     as theirs.
     """
+    apply = jax.jit(apply)  # traced once for all turns
     x = jax.random.normal(jax.random.key(9), (batch, operands[0].shape[1]), BF16)
 
     def turn(x: jax.Array, operands: list[Any]) -> jax.Array:
         for operand in operands:
-            x = (0.01 * apply(x, operand)).astype(BF16)
+            x = apply(x, operand)
         return x
 
     turns = 400 if batch <= 128 else 40  # some 30 ms
 
     @jax.jit
     def loop(x: jax.Array, operands: list[Any]) -> jax.Array:
-        return jax.lax.fori_loop(0, turns, lambda _, x: turn(x, operands), x, unroll=4 if batch <= 16 else 1)
+        return jax.lax.fori_loop(0, turns, lambda _, x: turn(x, operands), x, unroll=8 if batch <= 16 else 1)
 
     return once(lambda: loop(x, operands)) / turns / len(operands)
 
@@ -361,11 +368,11 @@ def inference(device: Device) -> None:
 def crossover(device: Device) -> None:
     """Products from packed int4 by the kernels, and decoded first, beside bfloat16, against the rows of x."""
     side = device.side(8192)
-    weights = [jax.random.normal(jax.random.key(i), (side, side), BF16) for i in range(3)]
+    weights = weights_of(side)
     packed_ = [jquant.quantize(weight, jquant.scheme("int4:g128")) for weight in weights]
 
     def kernel(x: jax.Array, q: QTensor) -> jax.Array:
-        found = dispatch.multiply_packed(x, q)
+        found = dispatch.multiply_packed(x, q, dtype=x.dtype)
         return decoded(x, q) if found is None else found
 
     def decoded(x: jax.Array, q: QTensor) -> jax.Array:

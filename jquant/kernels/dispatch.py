@@ -20,8 +20,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Float, Float32
+from jaxtyping import Array, BFloat16, Float
 
 from jquant.core import ste
 from jquant.core.errors import InputError
@@ -30,7 +31,7 @@ from jquant.core.qtensor import QTensor, dequantize
 from jquant.core.scheme import Channel, Scheme, Tensor
 from jquant.core.tiles import Axis
 from jquant.kernels import fake_quant as fused
-from jquant.kernels import packed_wgmma, quantize_rows, w8a8_wgmma
+from jquant.kernels import packed_mma, packed_wgmma, quantize_rows, w8a8_wgmma
 from jquant.kernels.options import for_tpu
 from jquant.kernels.packed_matmul import fits, packed_matmul
 
@@ -75,24 +76,31 @@ def compiles_quickly() -> bool:
     return bool(_in_a_hurry)
 
 
-def multiply_packed(x: Float[Array, "*batch in"], q: QTensor) -> Float32[Array, "*batch out"] | None:
-    """x · dequantize(q)ᵀ by a kernel; None where decoding the weight first is faster, or all there is.
+def multiply_packed(
+    x: Float[Array, "*batch in"], q: QTensor, *, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*batch out"] | None:
+    """x · dequantize(q)ᵀ in `dtype`, by a kernel; None where decoding the weight first is faster, or all there is.
 
     The gradient of x is that of the product; q has none. Under vmap over x all rows go into one product.
     """
     rows = x.size // x.shape[-1]
     if x.dtype != jnp.bfloat16 or rows == 0 or _kernel_for(rows, q) is None:
         return None
-    return _product(x.reshape(rows, -1), q).reshape(*x.shape[:-1], -1)
+    found: Any = _product(x.reshape(rows, -1), q, jnp.dtype(dtype))
+    return found.reshape(*x.shape[:-1], -1)
 
 
-def _kernel_for(rows: int, q: QTensor) -> Callable[[Array, QTensor], Array] | None:
+def _kernel_for(rows: int, q: QTensor) -> Callable[[Array, QTensor, np.dtype[Any]], Array] | None:
     how = way()
-    if how == "kernel" and on_hopper() and packed_wgmma.fits(q, rows):
-        return packed_wgmma.packed_matmul if rows <= FEW_ROWS_ON_HOPPER else None
+    if how == "kernel" and on_hopper():
+        if packed_mma.fits(q, rows):
+            return lambda x, q, dtype: packed_mma.packed_matmul(x, q, dtype=dtype)
+        if packed_wgmma.fits(q, rows):
+            many = rows > FEW_ROWS_ON_HOPPER
+            return None if many else lambda x, q, dtype: packed_wgmma.packed_matmul(x, q).astype(dtype)
     if how == "jnp" or rows > FEW_ROWS or not fits(q) or for_tpu():
         return None
-    return partial(packed_matmul, interpret=how == "interpret")
+    return lambda x, q, dtype: packed_matmul(x, q, interpret=how == "interpret").astype(dtype)
 
 
 def multiply_as_codes(
@@ -136,35 +144,38 @@ def _as_codes(activation: Scheme, x: Array, packed: Array, of_rows: Array, bias:
     return product(x, packed, of_rows, bias)
 
 
-def _decode_and_multiply(x: Array, q: QTensor) -> Array:
+def _decode_and_multiply(x: Array, q: QTensor, dtype: np.dtype[Any]) -> Array:
     weight = dequantize(q, x.dtype)
-    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    product = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return product.astype(dtype)
 
 
-@jax.custom_vjp
-def _product(x: Array, q: QTensor) -> Array:
-    return _batched(x, q)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, q: QTensor, dtype: np.dtype[Any]) -> Array:
+    return _batched(x, q, dtype)
 
 
-def _product_forward(x: Array, q: QTensor) -> tuple[Array, QTensor]:
-    return _batched(x, q), q
+def _product_forward(x: Array, q: QTensor, dtype: np.dtype[Any]) -> tuple[Array, QTensor]:
+    return _batched(x, q, dtype), q
 
 
-def _product_backward(q: QTensor, cotangent: Array) -> tuple[Array, None]:
+def _product_backward(_: np.dtype[Any], q: QTensor, cotangent: Array) -> tuple[Array, None]:
     return jnp.matmul(cotangent.astype(jnp.bfloat16), dequantize(q, jnp.bfloat16)), None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-@jax.custom_batching.custom_vmap
-def _batched(x: Array, q: QTensor) -> Array:
-    return (_kernel_for(len(x), q) or _decode_and_multiply)(x, q)
+def _batched(x: Array, q: QTensor, dtype: np.dtype[Any]) -> Array:
+    @jax.custom_batching.custom_vmap
+    def product(x: Array, q: QTensor) -> Array:
+        return (_kernel_for(len(x), q) or _decode_and_multiply)(x, q, dtype)
 
+    @product.def_vmap
+    def batch(size: int, batched: Any, x: Array, q: QTensor) -> tuple[Array, bool]:
+        return _all_rows_at_once(product, size, batched, (x, q))
 
-@_batched.def_vmap
-def _batch(size: int, batched: Any, x: Array, q: QTensor) -> tuple[Array, bool]:
-    return _all_rows_at_once(_batched, size, batched, (x, q))
+    return product(x, q)
 
 
 def _all_rows_at_once(

@@ -1,4 +1,5 @@
-"""x · dequantize(Q)ᵀ on Hopper's tensor cores, from the packed codes, for any number of rows of x.
+"""x · dequantize(Q)ᵀ on Hopper's tensor cores, from the packed codes, for any number of rows of x (up to eight:
+packed_mma.py).
 
     y = Σ_groups s_g · Σ_{k in g} x_k·(code_k − zero)
 

@@ -1,5 +1,5 @@
-"""Codes to the registers in which Hopper's tensor cores take their left operand: what packed_wgmma.py computes between
-its copies and its products, in Mosaic's dialect and NVIDIA's assembly.
+"""Codes to the registers in which Hopper's tensor cores take their left operand: what packed_wgmma.py and packed_mma.py
+compute between their copies and their products, in Mosaic's dialect and NVIDIA's assembly.
 
 A thread of the four warps that hold 64 rows holds, of two rows (`half` 0 and 1), four bytes in every block of 16:
 
@@ -101,7 +101,7 @@ def fill(given: Any, held: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def copy(_: Any, given: Any, held: Any) -> None:
-        places = _Places(mgpu.utils.thread_idx())
+        places = Places(mgpu.utils.thread_idx())
         count = 8  # loads that are under way at a time
         for begin in range(0, 256 // 4, count):
             rows = [arith.addi(places.constant(4 * each), places.warp) for each in range(begin, begin + count)]
@@ -152,7 +152,7 @@ def weights(codes: Codes, packed: Any, held: Any, parameters: list[Any], first: 
     def scale(_: Any, packed: Any, *refs: Any) -> Any:
         from jaxlib.mlir.dialects import arith
 
-        places = _Places(mgpu.utils.thread_idx())
+        places = Places(mgpu.utils.thread_idx())
         known: dict[tuple[int, int, int], Any] = {}
 
         def parameter(ref: int, half: int, block: int) -> Any:
@@ -206,7 +206,7 @@ def column(codes: Codes, parameters: Any, rows: Any, index: Any) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=shape)
     def load(_: Any, ref: Any) -> Any:
-        places, one = _Places(mgpu.utils.thread_idx()), ir.VectorType.get((1,), ir.F32Type.get())
+        places, one = Places(mgpu.utils.thread_idx()), ir.VectorType.get((1,), ir.F32Type.get())
         found = np.empty((1, 1, 2, 1, 1), dtype=object)
         for half in range(2):
             value = places.load(ref, half, places.constant(0), in_rows=codes.in_rows)
@@ -242,7 +242,7 @@ def _computed(four: Any, element: Element) -> list[Any]:
     found: list[Any] = []
     for code in range(8 // element.bits):
         lines = "{ " + " ".join(assembly_of(element, code)) + " }"
-        found += _assembly(lines, "=r,=r,r", [four], results=2)
+        found += assembly(lines, "=r,=r,r", [four], results=2)
     return found
 
 
@@ -255,7 +255,7 @@ def _from_table(four: Any, origin: Any, lane: Any) -> list[Any]:
     for byte in range(4):
         shift = f"shl.b32 t, $4, {7};" if byte == 0 else f"shr.b32 t, $4, {8 * byte - 7};"
         lines.append(f"{shift} lop3.b32 t, t, 0x7F80, $6, 0xEA; add.s32 t, t, $5; ld.shared.b32 ${byte}, [t];")
-    return _assembly(" ".join(lines) + " }", "=r,=r,=r,=r,r,r,r", [four, origin, lane], results=4)
+    return assembly(" ".join(lines) + " }", "=r,=r,=r,=r,r,r,r", [four, origin, lane], results=4)
 
 
 def _where(held: Any) -> tuple[Any, Any]:
@@ -265,7 +265,7 @@ def _where(held: Any) -> tuple[Any, Any]:
     from jaxlib.mlir.dialects import arith, llvm
 
     i32 = ir.IntegerType.get_signless(32)
-    places = _Places(mgpu.utils.thread_idx())
+    places = Places(mgpu.utils.thread_idx())
     return llvm.ptrtoint(i32, mgpu.utils.memref_ptr(held)), arith.muli(places.lane, places.constant(4))
 
 
@@ -276,13 +276,13 @@ def _scaled(pair: Any, parameters: list[Any]) -> Any:
         "{ .reg .f32 a, b; .reg .b32 t; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xFFFF0000; "
         f"mov.b32 b, t; {less} mul.f32 a, a, $2; mul.f32 b, b, $2; cvt.rn.bf16x2.f32 $0, b, a; }}"
     )
-    return _assembly(lines, ",".join(["=r", "r", *["f"] * len(parameters)]), [pair, *parameters])[0]
+    return assembly(lines, ",".join(["=r", "r", *["f"] * len(parameters)]), [pair, *parameters])[0]
 
 
 def _scaled_exactly(pair: Any, scales: Any) -> Any:
     """Two levels by a scale, which is there twice."""
     lines = "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }"
-    return _assembly(lines, "=r,r,r", [pair, scales])[0]
+    return assembly(lines, "=r,r,r", [pair, scales])[0]
 
 
 def _pair_of_byte(byte: Any, kind: ScaleBytes) -> Any:
@@ -297,11 +297,13 @@ def _pair_of_byte(byte: Any, kind: ScaleBytes) -> Any:
             "and.b32 t, t, 0x07F007F0; or.b32 t, t, s; mov.b32 more, 0x7B807B80; mov.b32 zero, 0x80008000; "
             "fma.rn.bf16x2 $0, t, more, zero; }"
         )
-    return _assembly(lines, "=r,r", [byte])[0]
+    return assembly(lines, "=r,r", [byte])[0]
 
 
-def _assembly(lines: str, constraints: str, operands: list[Any], results: int = 1) -> list[Any]:
-    """Results of 32 bits."""
+def assembly(
+    lines: str, constraints: str, operands: list[Any], results: int = 1, *, effects: bool = False
+) -> list[Any]:
+    """Results of 32 bits; with `effects` it stays between the waits where it was written."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm
 
@@ -309,7 +311,7 @@ def _assembly(lines: str, constraints: str, operands: list[Any], results: int = 
     if results == 1:
         return [llvm.inline_asm(i32, operands, lines, constraints)]
     all_ = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * results)})>")
-    found: Any = llvm.inline_asm(all_, operands, lines, constraints)
+    found: Any = llvm.inline_asm(all_, operands, lines, constraints, has_side_effects=effects)
     return [llvm.extractvalue(i32, found, [index]) for index in range(results)]
 
 
@@ -320,7 +322,7 @@ def _index(value: Any) -> Any:
     return arith.index_cast(ir.IndexType.get(), value)
 
 
-class _Places:
+class Places:
     """Where a thread's rows lie among the 64 of its four warps: 16 a warp, 8 a half, four threads a row."""
 
     def __init__(self, thread: Any) -> None:

@@ -71,11 +71,11 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch out"]:
         """The product in `dtype`; by default in that of x."""
         bias = None if self.bias is None else self.bias.get_value()
-        weight = self.weight.get_value()
-        product = multiply_packed(x, weight)
+        weight, dtype = self.weight.get_value(), x.dtype if dtype is None else dtype
+        product = multiply_packed(x, weight, dtype=dtype if bias is None else jnp.float32)
         if product is None:
             return matmul_transposed(x, dequantize(weight, x.dtype), bias, dtype=dtype)
-        return _with_bias(product, bias, x.dtype if dtype is None else dtype)
+        return _with_bias(product, bias, dtype)
 
 
 class QuantizedExpertLinear(nnx.Module):
