@@ -1,6 +1,6 @@
 """Times jquant on one GPU against what the device allows: each figure with its floor, what it is beside, and its bar.
 
-    python scripts/bench_gpu.py                       # everything: some eight minutes on an H100, then five
+    python scripts/bench_gpu.py                       # everything: some twelve minutes on an H100, then six
     python scripts/bench_gpu.py --only gptq,packed    # some of the works: see WORKS below
     python scripts/bench_gpu.py --small               # tiny sizes, to see on a CPU that it runs
 
@@ -10,41 +10,47 @@ Floors: bytes that must be moved over the bandwidth of a copy, operations over t
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
 a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
 
-One H100 (80 GB HBM3, jax 0.11.2, 2026-11-27; copy 2,570 GB/s, bf16 742, int8 1,385, fp8 1,377 T/s), milliseconds, in
-one run of 464 s, in which everything was compiled; but GPTQ's rows, of which a part was mended after it, of a run of
-their own on another H100 (that run had 6.7 6.4, 9.4 9.4, 51.5 52.3 and 38.5; the model of 8B's shape is of that run):
+One H100 (80 GB HBM3, jax 0.11.2, 2026-11-27; copy 2,665 GB/s, bf16 743, int8 1,442, fp8 1,371 T/s), milliseconds, in
+one run in which everything was compiled; the last two, the model of 8B's shape and the crossover, in runs that followed
+on the same machine, as the first one was at its limit of 576 s:
 
     work                                        took    floor     bar   what limits it
-    Gram matrix 131072 × 4096                   4.32     5.93     8     (symmetry: 5/8 of the products)
-    GPTQ 4096 × 4096, range of the weights      6.0               13    Cholesky 1.6, a column's latency
-      … default, range by the output            6.4               13
-    GPTQ 4096 in, 14336 out                     8.8               16    rounding 3, Cholesky 1.6 and its order 1.3,
-      … default                                 9.1               16    the search of the range 1.5, products .9
-    GPTQ 14336 in, 4096 out, and default        50.7 50.4         190   Cholesky 32
-    six schemes, 4096 in, 14336 out             37.3              21    4.4 × one (bar 2.5): rounding 12, searches of
-                                                                        ranges 12.5 (4 of nf4's), products 5, factor 2.9
-    fake-quant int4 g128, 8192²                 0.099    0.104    0.108 memory
-    W8A8 int8, 8192³                            0.857    0.794    0.934 the product, codes .06
-    W8A8 fp8, 8192³                             0.868    0.798    0.939 likewise
-    int4 product 8192², batch 1                 0.018    .014     .016  2.56 × bf16 (2.49 to 2.63 over runs; bar 2.8):
-                                                                        kernel .0156, sums and order .0014, and
-                                                                        starting both
-      … batch 16 / 128                          .020 .035   .027 .060   2.63, 1.71 ×
-      … batch 2048                              .465     .370     .488  0.94 × (bar 0.9)
-    nf4, mxfp4 product, batch 1                 .020 .021         .022  levels by a table in shared memory
-    nvfp4 product, batch 1                      .023              .022  likewise, and a scale every 16 weights
-    fp8, int8 product, batch 1                  .030 .029 .026          bytes
-    a token of 8 blocks of 8B's shape, 1 row    bf16 6.3, int4 5.2, int8 4.8, fp8 6.0: the host, which starts kernels
-                                                (another machine's: 2.9, 4.0, 4.3, 3.3)
-      … 16 rows                                 bf16 4.6, int4 6.1, int8 6.3, fp8 5.0 (5.1, 3.3, 5.2, 3.2)
+    Gram matrix 131072 × 4096                   4.33     5.92     8     (symmetry: 5/8 of the products)
+    GPTQ 4096 × 4096, range of the weights      6.1               13    Cholesky 1.6, a column's latency
+      … default, range by the output            6.1               13
+    GPTQ 4096 in, 14336 out                     9.1               16    rounding 3, Cholesky 1.6 and its order 1.3,
+      … default                                 9.2               16    the search of the range 1.5, products .9
+    GPTQ 14336 in, 4096 out, and default        51.5 50.6         190   Cholesky 32
+    six schemes, 4096 in, 14336 out             38.6              24.5  3.9 × one, 4.4 in other runs (bar 2.5): rounding
+                                                                        12, searches of ranges 12.5 (4 of nf4's),
+                                                                        products 5, factor 2.9
+    fake-quant int4 g128, 8192²                 0.099    0.101    0.108 memory
+    W8A8 int8, 8192³                            0.829    0.762    0.897 the product, codes .06
+    W8A8 fp8, 8192³                             0.866    0.802    0.944 likewise
+    int4 product 8192², batch 1                 .0162    .0133    .0160 2.76 × bf16, 2.70 to 2.84 over runs (bar 2.8):
+                                                                        bytes, 2 of 36 MB of them scales in float32, and
+                                                                        some 4 µs of beginning and end
+      … scales bf16; asymmetric, fp16           .0160 .0168       .0160 2.80 × (to 2.85), 2.66 ×
+      … batch 16 / 128                          .020 .036   .023  .060  2.64, 1.68 ×
+      … batch 2048                              .472     .370     .495  0.94 × (bar 0.9)
+    nf4, mxfp4 product, batch 1                 .018 .018         .020  2.52, 2.56 ×: levels by a table in shared memory
+    nvfp4 product, batch 1                      .019     .014     .020  2.36 ×: likewise, and a scale every 16 weights
+    fp8, int8 product, batch 1                  .028 .026   .025        bytes
+    a token of 8 blocks of 8B's shape, 1 row    bf16 3.3, int4 3.6, int8 7.5, fp8 6.0: the host, which starts kernels,
+                                                and differs by as much from run to run
+      … 16 rows                                 bf16 4.7, int4 6.7, int8 5.8, fp8 6.4
       … memory                                  4.01 GB, 1.45, 2.27, 2.27
-    GPTQ of a model of 8B's shape               46.8 s   6.4 s    60 s  first block 16.6 (compiling, by the host), then
-                                                                        0.83
+    GPTQ of a model of 8B's shape               51.5 s   6.4 s    60 s  first block 20.9 (compiling, by the host; 16.6
+                                                                        on another machine), then 0.83
     training step: see scripts/bench_qat.py
 
-Rows of x at which int4's product is as fast as bf16's: as dispatched 2.52 2.70 2.59 2.38 2.23 1.69 1.17 .98 .97 .95 .91
-.93 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.05 .61 .63 .31 .32
-.33 .35 .47 .65 .83 .90 .92 × (experiments/packed_crossover.png). What limits GPTQ is of profiles of the same day.
+Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94 .89
+.95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31 .32
+.32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of profiles of the day before.
+
+The product of one row, by what was tried: a kernel, and one of XLA's that sums its parts and puts the next x in order,
+17.7 to 19.3 µs; one kernel (packed_mma.py) 16.0 to 16.2; of a scale a row in place of 64 15.0; steps of 1024 inputs, or
+more stages, up to 1 more; four groups of warps, each with a row of copies of its own, the same, and 2 more for tables.
 
 One solution of 4096 to 14336 took 13.7 ms and six took 70.5 while a kernel took 128 columns and each scheme was solved
 alone: both are faster now, the one by more, so that six are no nearer to 2.5 of one. Without its search of ranges six
