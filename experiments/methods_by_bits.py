@@ -28,8 +28,9 @@ Measured:  SmolLM2-135M-Instruct, text pydoc (Python 3.11), 4 windows of 512 tok
            far below awq, and beside gptq within the noise: its KL is lower, its perplexity is not. Its scales are
            searched by GPTQ's own error; with scales that suit rounding to nearest, as behind awq alone, it was 18.33
            (0.242), clipped before gptq as well 20.42 (0.328), when that was tried (2026-11-25). On WikiText-2 (test, 16
-           windows; calibration: validation, 32 windows) it is below gptq, of the same day: at 3 bits 54.42 (0.457)
-           against 57.20 (0.491), at 4 bits 39.77 (0.119) against 40.67 (0.129); float 36.00
+           windows; calibration: validation, 32 windows) it is below both, awq+gptq, gptq, awq, rtn: at 3 bits 54.43
+           (0.457), 57.21 (0.491), 72.62 (0.716), 117.5 (1.31), at 4 bits 40.01 (0.122), 40.67 (0.129), 42.27 (0.154),
+           47.96 (0.351); float 36.00
 """
 
 from __future__ import annotations

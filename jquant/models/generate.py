@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Context, Decoder, step_context
-from jquant.models.split import Leaves, ModuleParts, Split, cache_place, split
+from jquant.models.split import Leaves, Split, cache_place, split
+from jquant.nn.structure import Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +72,27 @@ def _generate(
     capacity = _round_up(len(prompt) + max_tokens, 256)
     parts, caches = split(model), _empty_caches(model, capacity)
     key, rule = jax.random.key(sampling.seed), dataclasses.replace(sampling, seed=0)  # one program for all seeds
-    hidden, caches = _feed_prompt(parts, prompt, caches, capacity)
+    states, caches = _feed_prompt(parts, prompt, caches, capacity)
+
+    def choose_next(states: Array, place: int, count: int) -> Array:
+        return _next(parts.head.module, parts.head.leaves, states, np.int32(place), key, np.int32(count), rule)
+
+    def follow(chosen: Array, count: int) -> Array:
+        nonlocal caches
+        states, caches = _advance(parts, chosen, len(prompt) + count, caches, capacity)
+        return choose_next(states, 0, count + 1)
+
+    chosen = choose_next(states, (len(prompt) - 1) % prompt_chunk(), 0)
     for count in range(max_tokens):
-        chosen = _next(parts.head.module, parts.head.leaves, hidden, key, jnp.int32(count), rule)
-        token = int(chosen)
+        more = count + 1 < max_tokens
+        # A device goes on while the host waits for this token and its reader has it; a CPU is both.
+        following = follow(chosen, count) if more and not on_cpu() else None
+        token = int(chosen.item())
         if token in stop_ids:
             return
         yield token
-        if count + 1 < max_tokens:
-            states, caches = _advance(parts, chosen[None, None], len(prompt) + count, caches, capacity)
-            hidden = states[:, -1]
+        if more:
+            chosen = follow(chosen, count) if following is None else following
 
 
 def prompt_chunk() -> int:
@@ -88,11 +100,14 @@ def prompt_chunk() -> int:
     return 64 if on_cpu() else 512
 
 
-@partial(jax.jit, static_argnums=(0, 5))
-def _next(head: ModuleParts, leaves: Leaves, hidden: Array, key: Array, count: Array, rule: Sampling) -> Array:
-    """The token that `choose` takes after the last hidden state [1, hidden]."""
+@partial(jax.jit, static_argnums=(0, 6))
+def _next(
+    head: Structure, leaves: Leaves, states: Array, place: Array, key: Array, count: Array, rule: Sampling
+) -> Int32[Array, "1 1"]:
+    """The token that `choose` takes after the state at `place` of [1, tokens, hidden]."""
+    hidden = jax.lax.dynamic_index_in_dim(states, place, axis=1, keepdims=False)
     logits = head.merge(leaves)(hidden)[0]
-    return choose(logits, jax.random.fold_in(key, count), rule).astype(jnp.int32)
+    return choose(logits, jax.random.fold_in(key, count), rule).astype(jnp.int32).reshape(1, 1)
 
 
 @partial(jax.jit, static_argnames="sampling")
@@ -139,7 +154,7 @@ def _empty_caches(model: Decoder, capacity: int) -> list[Cache]:
 
 
 def _feed_prompt(parts: Split, prompt: np.ndarray, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
-    """The state after the last prompt token. The last piece is padded; what that wrote is overwritten or masked."""
+    """States of the last piece of the prompt. It is padded; what that wrote is overwritten or masked."""
     states, chunk = None, prompt_chunk()
     for start in range(0, len(prompt), chunk):
         piece = prompt[start : start + chunk]
@@ -147,16 +162,15 @@ def _feed_prompt(parts: Split, prompt: np.ndarray, caches: list[Cache], capacity
             piece = np.pad(piece, (0, min(chunk, capacity - start) - len(piece)))
         states, caches = _advance(parts, jnp.asarray(piece)[None], start, caches, capacity)
     assert states is not None
-    last = (len(prompt) - 1) % chunk
     # Each its own array: a cache is donated whole.
     caches = [cache._replace(length=jnp.full_like(cache.length, len(prompt))) for cache in caches]
-    return states[:, last], caches
+    return states, caches
 
 
 def _advance(parts: Split, tokens: Array, start: int, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
     """States [1, tokens, hidden] of tokens from position `start` on."""
     embed = parts.embed
-    x, contexts = _embed(embed.module, parts.config, capacity, embed.leaves, tokens, jnp.int32(start))
+    x, contexts = _embed(embed.module, parts.config, capacity, embed.leaves, tokens, np.int32(start))
     windowed, updated = parts.config.is_windowed(), []
     for run in parts.runs:
         here = slice(len(updated), len(updated) + len(run.leaves))
@@ -167,7 +181,7 @@ def _advance(parts: Split, tokens: Array, start: int, caches: list[Cache], capac
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _embed(
-    embed: ModuleParts, config: ModelConfig, capacity: int, leaves: Leaves, tokens: Array, start: Array
+    embed: Structure, config: ModelConfig, capacity: int, leaves: Leaves, tokens: Array, start: Array
 ) -> tuple[Array, dict[bool, Context]]:
     """Embedded tokens, and the contexts of blocks that are windowed and of those that are not."""
     contexts = {
@@ -179,7 +193,7 @@ def _embed(
 
 @partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=5)
 def _step(
-    blocks: tuple[ModuleParts, ...],
+    blocks: tuple[Structure, ...],
     windowed: tuple[bool, ...],
     leaves: tuple[Leaves, ...],
     x: Array,

@@ -12,15 +12,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Decoder, step_context
 from jquant.models.generate import prompt_chunk
-from jquant.models.split import Leaves, ModuleParts, Split, split
+from jquant.models.split import Leaves, Split, split
 from jquant.nn.placement import fetched
+from jquant.nn.structure import Structure
 
 _STEP = 256  # capacities are multiples of it
 
@@ -89,17 +90,24 @@ def _one_batch(
     # What the padding wrote lies behind each row's length: it is masked until a new token takes its place.
     new: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
+
+    def follow(chosen: Array, count: int) -> Array:
+        nonlocal caches
+        hidden, caches = _advance(parts, chosen, lengths + np.int32(count), caches, capacity)
+        return _most_likely(parts.head.module, parts.head.leaves, hidden)
+
+    chosen = _most_likely(parts.head.module, parts.head.leaves, last[:, None])
     for count in range(max_tokens):
-        chosen = fetched(_most_likely(parts.head.module, parts.head.leaves, last))
+        more = count + 1 < max_tokens
+        following = follow(chosen, count) if more and not on_cpu() else None  # as in generate.py
+        tokens = fetched(chosen)
         for row in tuple(running):
-            new[row].append(int(chosen[row]))
+            new[row].append(int(tokens[row, 0]))
             if stop(names[row], new[row]):
                 running.remove(row)
-        if not running or count + 1 == max_tokens:
+        if not running or not more:
             break
-        place = jnp.asarray(lengths + count)
-        hidden, caches = _advance(parts, jnp.asarray(chosen)[:, None], place, caches, capacity)
-        last = hidden[:, -1]
+        chosen = follow(chosen, count) if following is None else following
     return new
 
 
@@ -118,7 +126,7 @@ def _empty_caches(model: Decoder, rows: int, capacity: int) -> list[Cache]:
 
 
 def _advance(
-    parts: Split, tokens: Array, starts: Array, caches: list[Cache], capacity: int
+    parts: Split, tokens: Array, starts: Array | np.ndarray, caches: list[Cache], capacity: int
 ) -> tuple[Array, list[Cache]]:
     """States of `tokens`, row r's standing from starts[r] on, and the caches with them."""
     x, updated = _embed(parts.embed.module, parts.embed.leaves, tokens, starts), []
@@ -131,18 +139,19 @@ def _advance(
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(embed: ModuleParts, leaves: Leaves, tokens: Array, starts: Array) -> Array:
+def _embed(embed: Structure, leaves: Leaves, tokens: Array, starts: Array) -> Array:
     return jax.vmap(lambda row, start: embed.merge(leaves)(row, start))(tokens, starts)
 
 
 @partial(jax.jit, static_argnums=0)
-def _most_likely(head: ModuleParts, leaves: Leaves, hidden: Array) -> Array:
-    return jnp.argmax(head.merge(leaves)(hidden), axis=-1).astype(jnp.int32)
+def _most_likely(head: Structure, leaves: Leaves, hidden: Array) -> Int32[Array, "rows 1"]:
+    """After the last state of each row."""
+    return jnp.argmax(head.merge(leaves)(hidden[:, -1]), axis=-1, keepdims=True).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=7)
 def _step(
-    blocks: tuple[ModuleParts, ...],
+    blocks: tuple[Structure, ...],
     config: ModelConfig,
     capacity: int,
     windowed: tuple[bool, ...],
@@ -156,7 +165,7 @@ def _step(
     for block, kind, arrays, cache in zip(blocks, windowed, leaves, caches, strict=True):
 
         def one_row(
-            x: Array, start: Array, cache: Cache, block: ModuleParts = block, kind: bool = kind, arrays: Leaves = arrays
+            x: Array, start: Array, cache: Cache, block: Structure = block, kind: bool = kind, arrays: Leaves = arrays
         ) -> tuple[Array, Cache]:
             context = step_context(config, start, x.shape[0], capacity, kind)
             y, after = block.merge(arrays).step(x[None], context, cache._replace(length=start))

@@ -10,7 +10,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -21,25 +20,15 @@ from jquant.models.config import ModelConfig
 from jquant.models.decoder import Decoder
 from jquant.nn.mesh import axis_size, mesh_of
 from jquant.nn.placement import CUTTING
+from jquant.nn.structure import taken_apart
 
 Leaves = tuple[Array, ...]
-
-
-class ModuleParts(NamedTuple):
-    """The static side of a module; hashable."""
-
-    graphdef: nnx.GraphDef
-    tree: Any  # of its state
-
-    def merge(self, leaves: Leaves) -> Any:
-        """The module with these arrays."""
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.tree, leaves))
 
 
 class Part(NamedTuple):
     """What is compiled, and what it is given: plain arrays, because states take Python long to flatten."""
 
-    module: Any  # a ModuleParts, or several
+    module: Any  # a Structure, or several
     leaves: Any
 
 
@@ -70,9 +59,7 @@ def split(model: Decoder) -> Split:
 
 def part_of(module: nnx.Module) -> Part:
     """One module."""
-    graphdef, state = nnx.split(module)
-    leaves, tree = jax.tree.flatten(state)
-    return Part(ModuleParts(graphdef, tree), tuple(leaves))
+    return Part(*taken_apart(module))
 
 
 def run_length() -> int:

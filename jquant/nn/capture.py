@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from jquant.core.errors import InputError
 from jquant.nn.linear import Linear
+from jquant.nn.structure import Structure, structure_of
 from jquant.nn.surgery import Path, module_at, replace
 
 Arguments = tuple[Any, ...]  # arrays and pytrees that a module is called with
@@ -93,21 +94,7 @@ def traced_output(module: nnx.Module, arguments: Arguments, *, replay: Inputs, n
     return _replay_output.trace(structure, tuple(narrow), leaves, arguments, dict(replay))
 
 
-class _Structure:
-    """What a module is without its arrays. Equal ones are one object (`_structure`): a program is looked for by it at
-    every call, and nnx's own are hashed and compared node by node."""
-
-    def __init__(self, graphdef: nnx.GraphDef, tree: Any) -> None:
-        self.graphdef, self.tree = graphdef, tree
-
-    def whole(self, leaves: Sequence[Any]) -> nnx.Module:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.tree, leaves))
-
-
-_structure = lru_cache(maxsize=None)(_Structure)
-
-
-def _taken_apart(module: nnx.Module, narrow: Sequence[Path] = ()) -> tuple[_Structure, list[Any]]:
+def _taken_apart(module: nnx.Module, narrow: Sequence[Path] = ()) -> tuple[Structure, list[Any]]:
     """Structure and arrays, where narrow layers' weights are rounded already: once, and not at every call.
 
     A weight that a narrow layer shares with another one is rounded for both.
@@ -120,14 +107,12 @@ def _taken_apart(module: nnx.Module, narrow: Sequence[Path] = ()) -> tuple[_Stru
         return inside and getattr(leaf, "dtype", None) == jnp.float32  # a state may hold plain numbers
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    structure = _structure(graphdef, tree)
+    found = structure_of(graphdef, tree)
     chosen = [is_rounded(keys, leaf) for keys, leaf in leaves]
     wide = [leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True) if is_chosen]
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in wide)
     rounded = iter(jax.eval_shape(_to_bfloat16, wide) if abstract else _to_bfloat16(wide))
-    return structure, [
-        next(rounded) if is_chosen else leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True)
-    ]
+    return found, [next(rounded) if is_chosen else leaf for (_, leaf), is_chosen in zip(leaves, chosen, strict=True)]
 
 
 @jax.jit
@@ -150,7 +135,7 @@ def _shape_of(x: Any) -> Any:
 
 
 @lru_cache(maxsize=256)  # asked for after every layer, and the same of blocks of equal structure
-def _unread(structure: _Structure, paths: tuple[Path, ...], shapes: tuple[Any, ...], tree: Any) -> tuple[Path, ...]:
+def _unread(structure: Structure, paths: tuple[Path, ...], shapes: tuple[Any, ...], tree: Any) -> tuple[Path, ...]:
     leaves, arguments, replay = jax.tree.unflatten(tree, shapes)
     jaxpr = _replay_output.trace(structure, (), leaves, arguments, replay).jaxpr.jaxpr
     read = {variable for variable in jaxpr.outvars if not isinstance(variable, Literal)}
@@ -187,7 +172,7 @@ def input_groups(module: nnx.Module, paths: Sequence[Path], arguments: Arguments
 
 @partial(jax.jit, static_argnums=(0, 1))  # never run: modules of equal structure are traced once
 def _input_groups(
-    structure: _Structure, paths: tuple[Path, ...], leaves: list[Any], arguments: Arguments
+    structure: Structure, paths: tuple[Path, ...], leaves: list[Any], arguments: Arguments
 ) -> list[list[dict[Path, tuple[()]]]]:
     """The groups in the structure of the result, which holds no array."""
     groups: dict[tuple[int, ...], list[dict[Path, tuple[()]]]] = {}
@@ -198,7 +183,7 @@ def _input_groups(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _capture(
-    structure: _Structure,
+    structure: Structure,
     paths: tuple[Path, ...],
     narrow: tuple[Path, ...],
     leaves: list[Any],
@@ -220,7 +205,7 @@ def _rounded(call: Arguments) -> Arguments:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _replay_output(
-    structure: _Structure,
+    structure: Structure,
     narrow: tuple[Path, ...],
     leaves: list[Any],
     arguments: Arguments,
@@ -230,7 +215,7 @@ def _replay_output(
 
 
 def _record(
-    structure: _Structure,
+    structure: Structure,
     leaves: Sequence[Any],
     paths: Sequence[Path],
     arguments: Arguments,
@@ -238,7 +223,7 @@ def _record(
     narrow: Sequence[Path] = (),
 ) -> tuple[Any, dict[Path, list[Arguments]]]:
     """Output and calls, under a trace: the module is a fresh one, so taps may stand in it."""
-    module, tape = structure.whole(leaves), _Tape(replay)
+    module, tape = structure.merge(leaves), _Tape(replay)
     linear = {path: layer for path in narrow if isinstance(layer := module_at(module, path), Linear)}
     _narrow_between(module, linear)
     replace(module, {path: _Narrow(layer) for path, layer in linear.items()})

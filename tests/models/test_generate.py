@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
+from jquant.models import generate as module
 from jquant.models.generate import Sampling, choose, generate
 from jquant.nn.protocol import apply
 from jquant.ptq.rtn import quantize_layers
@@ -33,6 +36,31 @@ def test_stop_ids_end_before_the_token() -> None:
     model, prompt = tiny_model(), np.asarray([5, 6, 7])
     tokens = list(generate(model, prompt, max_tokens=5))
     assert list(generate(model, prompt, max_tokens=5, stop_ids=(tokens[2],))) == tokens[: tokens.index(tokens[2])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_device_that_goes_on_gives_the_same(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    """Where the host does not compute itself, the next token is under way before this one is read."""
+    model, prompt = tiny_model(), np.arange(9)
+    sampling = Sampling(temperature=temperature, seed=3)
+    expected = list(generate(model, prompt, max_tokens=8, sampling=sampling))
+    advanced = []
+
+    def advance(*given: Any) -> Any:
+        advanced.append(given[2])
+        return original(*given)
+
+    original = module._advance
+    monkeypatch.setattr(module, "_advance", advance)
+    monkeypatch.setattr(module, "on_cpu", lambda: False)
+    monkeypatch.setattr(module, "prompt_chunk", lambda: 64)
+    tokens = generate(model, prompt, max_tokens=8, sampling=sampling)
+    assert next(tokens) == expected[0]
+    assert advanced == [0, 9]
+    assert [expected[0], *tokens] == expected
+    assert advanced[-1] == 15  # nothing after the last
+    stopped = list(generate(model, prompt, max_tokens=8, sampling=sampling, stop_ids=(expected[2],)))
+    assert stopped == expected[: expected.index(expected[2])]
 
 
 def test_sampling_keeps_to_top_k_and_top_p() -> None:

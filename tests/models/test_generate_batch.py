@@ -36,6 +36,13 @@ def test_rows_end_by_themselves() -> None:
     assert ends == [tokens[: row + 2] for row, tokens in enumerate(whole)]
 
 
+def test_a_device_that_goes_on_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model(), [[1, 2, 3], [4, 5], [6]]
+    expected = generate_batch(model, prompts, max_tokens=9, stop=lambda row, new: len(new) == row + 2, rows=4)
+    monkeypatch.setattr(module, "on_cpu", lambda: False)
+    assert generate_batch(model, prompts, max_tokens=9, stop=lambda row, new: len(new) == row + 2, rows=4) == expected
+
+
 def test_pieces_longer_than_the_cache_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU pieces are of 512 tokens, and a cache may have 256 places."""
     model, prompts = tiny_model(), [[7] * 300, [1, 2, 3]]
