@@ -41,9 +41,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def _run(source: Path, out: Path, **options: Any) -> Coverage:
+def _run(source: Path, out: Path, *, count: int = 4, **options: Any) -> Coverage:
     checkpoint = open_checkpoint(source)
-    windows = text_windows(load_text("pydoc:calibration"), checkpoint.tokenizer(), window=64, limit=4)
+    windows = text_windows(load_text("pydoc:calibration"), checkpoint.tokenizer(), window=64, limit=count)
     return quantize_checkpoint(checkpoint, RECIPE, out, calibration=windows, **options)
 
 
@@ -144,7 +144,9 @@ def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
     from jquant.ptq import workdir
 
     def full(folder: Path, part: str, tensors: Any) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if part == "block-0001":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return native.write_part(folder, part, tensors)
 
     monkeypatch.setattr(workdir, "write_part", full)
     with pytest.raises(InputError):
@@ -156,6 +158,26 @@ def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
         _run(source, tmp_path / "q", batch=2)
     with pytest.raises(InputError, match=r'whose products differs \("float32" there, "bfloat16" here\)'):
         _run(source, tmp_path / "q", products="bfloat16")
+    with pytest.raises(InputError, match=r"whose calibration\.\w+ differs \(4 there, 2 here\)"):
+        _run(source, tmp_path / "q", count=2)
+
+
+def test_a_refused_run_does_not_stand_in_the_way_of_the_corrected_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had finished nothing; nor does what a killed one kept of activations stay."""
+    monkeypatch.setattr("jquant.ptq.preflight._available", lambda devices: 1 << 16)
+    with pytest.raises(InputError, match="the run needs"):
+        _run(source, tmp_path / "q")
+    monkeypatch.undo()
+    unfinished = tmp_path / ".q.unfinished"
+    assert unfinished.exists()
+    (unfinished / "activations-abc").mkdir()
+    (unfinished / "states-0-0.npy").write_bytes(b"of the other run")
+    _run(source, tmp_path / "q", batch=2)
+    _run(source, tmp_path / "whole", batch=2)
+    assert native.open_native(tmp_path / "q").sha256 == native.open_native(tmp_path / "whole").sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "whole"]
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(

@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding
 from jquant.core.errors import InputError
 from jquant.ptq.parts_on_host import Begin, from_parts, parts_of
 
+SPILLED = "activations-"  # begins the names of folders of what goes to disk
+
 
 class Store(Protocol):
     """Values by batch; each a pytree of arrays."""
@@ -62,7 +64,7 @@ class OnDisk:
     def __init__(self, parent: Path) -> None:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix="activations-", dir=parent))
+            self.folder = Path(tempfile.mkdtemp(prefix=SPILLED, dir=parent))
         except OSError as error:
             raise InputError(f"{parent}: activations cannot be kept there: {error.strerror or error}") from error
         self.trees: dict[tuple[str, int], tuple[Any, list[_Kept]]] = {}

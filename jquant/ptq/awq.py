@@ -29,6 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
+from jquant.core.config_check import check_fields
 from jquant.core.errors import InputError
 from jquant.core.scheme import Scheme
 from jquant.core.ste import fake_quantize
@@ -59,13 +60,12 @@ class AWQConfig:
     solved_grid: int = 5  # as `grid`, where GPTQ follows and is tried, by its defaults, with each
 
     def __post_init__(self) -> None:
+        check_fields(self, "AWQ")
         if min(self.grid, self.clip_grid, self.search_tokens, self.solved_grid) < 1:
             raise InputError(
                 f"AWQ grid {self.grid}, clip_grid {self.clip_grid}, search_tokens {self.search_tokens}, solved_grid "
                 f"{self.solved_grid}: all must be at least 1"
             )
-        if self.clip not in ("rounded", "all", "none"):
-            raise InputError(f"AWQ clip {self.clip!r}: it must be rounded, all or none")
         if not 0 < self.max_shrink <= 1:
             raise InputError(f"AWQ max_shrink {self.max_shrink}: it must lie in 0 … 1, as 0.5")
 

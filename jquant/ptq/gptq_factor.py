@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jquant.calib.gram import Gram, OrderedGram
+from jquant.core.config_check import check_fields
 from jquant.core.errors import InputError
 from jquant.core.symmetric import reordered
 from jquant.ptq.cholesky import cholesky_below
@@ -39,6 +40,7 @@ class GPTQConfig:
     block: int = 128  # columns after which the rest of W is compensated in one product
 
     def __post_init__(self) -> None:
+        check_fields(self, "GPTQ")
         if not self.damping > 0:
             raise InputError(f"GPTQ damping {self.damping}: it must be positive, as 0.01")
         if self.block < 1:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
+from jquant.core.config_check import check_fields
 from jquant.core.division import exact_ratio
 from jquant.core.errors import InputError
 from jquant.core.formats import Int
@@ -44,6 +45,7 @@ class HQQConfig:
     turns: int = 20
 
     def __post_init__(self) -> None:
+        check_fields(self, "HQQ")
         if not 0 < self.p <= 1:
             raise InputError(f"HQQ with p {self.p}: it must be in (0, 1], as 0.7")
         if not (self.beta > 0 and self.kappa >= 1):

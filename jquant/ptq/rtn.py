@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jquant.calib.gram import Gram
+from jquant.core.config_check import check_fields
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize, quantize, quantize_with
 from jquant.core.range_search import search_parameters
@@ -31,6 +32,9 @@ class RTNConfig:
     """How rounding to nearest runs."""
 
     range: Literal["minmax", "mse"] = "minmax"  # of groups: all of it, or what loses least (core/range_search.py)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rtn")
 
 
 def solve(w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, config: RTNConfig | None = None) -> Solution:

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jquant.core.config_check import check_fields
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import Scheme, Tensor
@@ -46,7 +47,8 @@ class SmoothQuantConfig:
     places: Literal["norms", "all"] = "all"  # norms: only where a norm is the producer, as in the paper
 
     def __post_init__(self) -> None:
-        if self.alpha != "search" and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1):
+        check_fields(self, "SmoothQuant")
+        if self.alpha != "search" and not 0 <= self.alpha <= 1:
             raise InputError(f"SmoothQuant alpha {self.alpha!r}: it must lie in 0 … 1, or be 'search'")
         if self.grid < 1 or self.search_tokens < 1:
             raise InputError(f"SmoothQuant grid {self.grid}, {self.search_tokens} tokens: both must be at least 1")

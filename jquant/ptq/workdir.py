@@ -29,6 +29,7 @@ from jquant.io.folder_lock import locked_folder
 from jquant.io.json_file import read_json
 from jquant.io.native import ARRAYS, DESCRIPTION, complete, read_part, write_part
 from jquant.io.processes import in_all, on_writer
+from jquant.ptq.activations import SPILLED
 from jquant.ptq.parts_on_host import Begin, begin_of, from_parts, parts_of
 
 _DEFINITION = "definition.json"
@@ -125,7 +126,7 @@ class Workdir:
             for old in self.path.glob("states-*.npy"):
                 old.unlink(missing_ok=True)
             shutil.rmtree(self.path / _PARTS, ignore_errors=True)
-            for folder in self.path.glob("activations-*"):
+            for folder in self.path.glob(f"{SPILLED}*"):
                 shutil.rmtree(folder, ignore_errors=True)
             (self.path / _DEFINITION).unlink(missing_ok=True)
             if target.exists():
@@ -189,26 +190,57 @@ def open_workdir(path: Path, definition: Mapping[str, Any]) -> Iterator[Workdir]
 
 
 def _prepare(path: Path, definition: Mapping[str, Any], *, is_complete: bool) -> None:
+    begun = (path / _DEFINITION).exists()
+    found = read_json(path / _DEFINITION) if begun else definition
     try:
+        if begun and not is_complete and found != definition and not any((path / _PARTS).glob("*.json")):
+            _clear(path)  # a run that was refused, or stopped before it had anything: nothing is lost
+            begun = False
+        for left in path.glob(f"{SPILLED}*"):  # of a run that was killed: whoever opens the folder has it alone
+            shutil.rmtree(left)
         if not is_complete:
             (path / _PARTS).mkdir(exist_ok=True)
             (path / ARRAYS).mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made: {error.strerror or error}") from error
-    if (path / _DEFINITION).exists():
-        _check_same(path, read_json(path / _DEFINITION), definition)
+    if begun:
+        _check_same(path, found, definition)
     elif not is_complete:
         with replacing(path / _DEFINITION) as file:
             file.write((json.dumps(definition, indent=1) + "\n").encode())
 
 
+def _clear(path: Path) -> None:
+    """Takes away what a run wrote, its definition last."""
+    for folder in (_PARTS, ARRAYS):
+        shutil.rmtree(path / folder, ignore_errors=True)
+    for states in path.glob("states-*.npy"):
+        states.unlink()
+    (path / _DEFINITION).unlink()
+
+
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in dict.fromkeys((*wanted, *found)):
-        if found.get(name) != wanted.get(name):
-            raise InputError(
-                f"{path}: holds an unfinished run whose {name} differs ({_short(found.get(name))} there, "
-                f"{_short(wanted.get(name))} here); finish that one, or remove the folder"
-            )
+    difference = _difference(found, wanted)
+    if difference is not None:
+        name, there, here = difference
+        raise InputError(
+            f"{path}: holds an unfinished run whose {name} differs ({_short(there)} there, {_short(here)} here); "
+            "finish that one, or remove the folder"
+        )
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first entry that differs, inside of mappings by its path, and what it is on both sides; hashes last."""
+    for name in sorted(dict.fromkeys((*wanted, *found)), key=lambda name: name.endswith("sha256")):
+        there, here = found.get(name), wanted.get(name)
+        if there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            inside = _difference(there, here)
+            assert inside is not None, "they differ"
+            return f"{name}.{inside[0]}", *inside[1:]
+        return name, there, here
+    return None
 
 
 def _short(value: Any) -> str:
