@@ -336,12 +336,20 @@ def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Da
     if not isinstance(activation.granularity, Tensor):
         return w8a8_layer(layer, weight, activation=activation)
     assert data is not None
-    ranges = [_range(call[0]) for batch in range(data.count) for call in data.store.get(path, batch)]
+    ranges = [
+        _range(call[0], _mask_of(data.mask(batch), call[0], path) if isinstance(layer, Linear) else None)
+        for batch in range(data.count)
+        for call in data.store.get(path, batch)
+    ]
     lowest, highest = jnp.min(jnp.stack([r[0] for r in ranges])), jnp.max(jnp.stack([r[1] for r in ranges]))
     scale, zero = static_parameters(lowest, highest, activation)
     return w8a8_layer(layer, weight, activation=activation, input_scale=scale, input_zero_point=zero)
 
 
 @jax.jit
-def _range(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.min(x), jnp.max(x)
+def _range(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The smallest and largest value, of rows that count; a NaN there stays."""
+    if mask is None:
+        return jnp.min(x), jnp.max(x)
+    counts = mask[..., None]
+    return jnp.min(jnp.where(counts, x, jnp.inf)), jnp.max(jnp.where(counts, x, -jnp.inf))

@@ -133,6 +133,22 @@ def test_padding_counts_for_nothing() -> None:
         assert np.mean(np.asarray(ours == theirs)) > 0.999
 
 
+def test_padding_is_not_in_the_range_of_static_inputs() -> None:
+    recipe = Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme="int8:channel", activation="int8:tensor"),))
+    expected, _ = quantize_model(tiny_model(), recipe, BATCHES)
+    padded = [np.pad(batch, ((0, 0), (0, 16)), constant_values=7) for batch in BATCHES]
+    masks = [np.arange(80)[None].repeat(2, 0) < 64 for _ in BATCHES]
+    found, _ = quantize_model(tiny_model(), recipe, padded, masks=masks)
+    with_padding, _ = quantize_model(tiny_model(), recipe, padded)
+
+    def scales(model: Any) -> list[float]:
+        paths = ("blocks.0.attn.q_proj", "blocks.0.mlp.down_proj", "blocks.1.mlp.down_proj")
+        return [float(module_at(model, path).input_scale.get_value()) for path in paths]  # type: ignore[attr-defined]
+
+    np.testing.assert_allclose(scales(found), scales(expected), rtol=1e-2)
+    assert not np.allclose(scales(with_padding), scales(expected), rtol=1e-2)
+
+
 def test_activations_on_disk_change_nothing(tmp_path: Any, quantized: tuple[Any, Coverage]) -> None:
     store = OnDisk(tmp_path)
     found, _ = quantize_model(tiny_model(), _plain(), BATCHES, store=store)
