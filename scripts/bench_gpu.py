@@ -1,6 +1,6 @@
 """Times jquant on one GPU against what the device allows: each figure with its floor, what it is beside, and its bar.
 
-    python scripts/bench_gpu.py                       # everything: some twelve minutes on an H100, then six
+    python scripts/bench_gpu.py                       # everything: the first time some twelve minutes on an H100
     python scripts/bench_gpu.py --only gptq,packed    # some of the works: see WORKS below
     python scripts/bench_gpu.py --small               # tiny sizes, to see on a CPU that it runs
 
@@ -46,7 +46,8 @@ on the same machine, as the first one was at its limit of 576 s:
 
 Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94 .89
 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31 .32
-.32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of profiles of the day before.
+.32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of
+profiles of earlier runs; tokens are from before models/generate.py left the host less to do.
 
 The product of one row, by what was tried: a kernel, and one of XLA's that sums its parts and puts the next x in order,
 17.7 to 19.3 µs; one kernel (packed_mma.py) 16.0 to 16.2; of a scale a row in place of 64 15.0; steps of 1024 inputs, or

@@ -189,13 +189,12 @@ def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> 
     for batch in range(data.count):
         for call in data.store.get(group[0], batch):
             if isinstance(layer, ExpertLinear):
-                if data.mask(batch) is not None:
-                    raise InputError(f"{prefix}{group[0]}: masks do not reach experts; give batches without padding")
+                _no_mask(data.mask(batch), prefix + group[0])
                 state = gram.init(call[0].shape[-1], len(call[1])) if state is None else state
                 state = _update_grouped(state, *call)
             else:
                 rows = input_rows(layer, call[0])
-                mask = _mask_of(data.mask(batch), rows, prefix + group[0])
+                mask = _mask_of(data.mask(batch), prefix + group[0], rows)
                 state = gram.init(rows.shape[-1]) if state is None else state
                 state = layer_programs.update(state, rows, mask, dtype="bfloat16" if data.narrow else None)
     assert state is not None, "input_groups refuses layers that are not called"
@@ -218,7 +217,13 @@ def _factorized(
     return factors[step].gram
 
 
-def _mask_of(mask: jax.Array | None, rows: jax.Array, what: str) -> jax.Array | None:
+def _no_mask(mask: jax.Array | None, what: str, rows: object = None) -> None:
+    """Of experts, whose rows come in an order of their own."""
+    if mask is not None:
+        raise InputError(f"{what}: masks do not reach experts; give batches without padding")
+
+
+def _mask_of(mask: jax.Array | None, what: str, rows: jax.Array) -> jax.Array | None:
     if mask is not None and mask.shape != rows.shape[:-1]:
         raise InputError(f"{what}: a mask of {mask.shape} for inputs of {rows.shape}: it must be one entry a row")
     return mask
@@ -336,8 +341,9 @@ def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Da
     if not isinstance(activation.granularity, Tensor):
         return w8a8_layer(layer, weight, activation=activation)
     assert data is not None
+    mask_of = _mask_of if isinstance(layer, Linear) else _no_mask
     ranges = [
-        _range(call[0], _mask_of(data.mask(batch), call[0], path) if isinstance(layer, Linear) else None)
+        _range(call[0], mask_of(data.mask(batch), path, call[0]))
         for batch in range(data.count)
         for call in data.store.get(path, batch)
     ]

@@ -123,12 +123,7 @@ class Workdir:
         """Takes away what only an unfinished run needs, and gives the folder its final name, at once."""
 
         def rename() -> None:
-            for old in self.path.glob("states-*.npy"):
-                old.unlink(missing_ok=True)
-            shutil.rmtree(self.path / _PARTS, ignore_errors=True)
-            for folder in self.path.glob(f"{SPILLED}*"):
-                shutil.rmtree(folder, ignore_errors=True)
-            (self.path / _DEFINITION).unlink(missing_ok=True)
+            _clear(self.path)
             if target.exists():
                 target.rmdir()  # empty, as was checked; a folder replaces another only where that is
             self.path.rename(target)
@@ -195,9 +190,9 @@ def _prepare(path: Path, definition: Mapping[str, Any], *, is_complete: bool) ->
     try:
         if begun and not is_complete and found != definition and not any((path / _PARTS).glob("*.json")):
             _clear(path)  # a run that was refused, or stopped before it had anything: nothing is lost
+            shutil.rmtree(path / ARRAYS, ignore_errors=True)
             begun = False
-        for left in path.glob(f"{SPILLED}*"):  # of a run that was killed: whoever opens the folder has it alone
-            shutil.rmtree(left)
+        _clear_spilled(path)  # of a run that was killed: whoever opens the folder has it alone
         if not is_complete:
             (path / _PARTS).mkdir(exist_ok=True)
             (path / ARRAYS).mkdir(exist_ok=True)
@@ -211,12 +206,17 @@ def _prepare(path: Path, definition: Mapping[str, Any], *, is_complete: bool) ->
 
 
 def _clear(path: Path) -> None:
-    """Takes away what a run wrote, its definition last."""
-    for folder in (_PARTS, ARRAYS):
-        shutil.rmtree(path / folder, ignore_errors=True)
+    """Takes away what only an unfinished run needs, its definition last."""
     for states in path.glob("states-*.npy"):
-        states.unlink()
-    (path / _DEFINITION).unlink()
+        states.unlink(missing_ok=True)
+    shutil.rmtree(path / _PARTS, ignore_errors=True)
+    _clear_spilled(path)
+    (path / _DEFINITION).unlink(missing_ok=True)
+
+
+def _clear_spilled(path: Path) -> None:
+    for folder in path.glob(f"{SPILLED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -69,7 +69,10 @@ def test_short_recipes() -> None:
             "unknown option 'dumping'",
         ),
         ({"rules": [{"layers": ["x"], "scheme": "int4", "method": {"gptq": {"damping": -1}}}]}, "must be positive"),
-        ({"rules": [{"layers": ["x"], "scheme": "int4", "method": {"gptq": {"block": 1.5}}}]}, "block is 1.5"),
+        (
+            {"rules": [{"layers": ["x"], "scheme": "int4", "method": {"gptq": {"block": 1.5}}}]},
+            "GPTQ block 1.5: it must be an integer",
+        ),
         ({"rules": [{"layers": ["x"], "scheme": "int4", "transforms": ["awk"]}]}, "unknown; there are awq"),
         ({"rules": [{"layers": [], "scheme": "int4"}]}, "names no layers"),
         ({"rules": [{"layers": ["x"], "scheme": None, "method": "gptq"}]}, "has no scheme"),
