@@ -16,7 +16,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,43 @@ def multiply_as_codes(
     return _as_codes(activation, jax.lax.stop_gradient(x), weight.planes[0], of_rows, bias)
 
 
+class Trained(NamedTuple):
+    """A product of codes and the values that it is differentiated with."""
+
+    x: BFloat16[Array, "rows in"]
+    weight: BFloat16[Array, "out in"]
+    product: BFloat16[Array, "rows out"]
+
+
+def fake_quantize_and_multiply(
+    x: Float[Array, "rows in"],
+    weight: Float[Array, "out in"],
+    schemes: tuple[Scheme, Scheme],
+    gradients: tuple[ste.GradientRule, ste.GradientRule],
+) -> Trained | None:
+    """x̂, Ŵ and x̂ · Ŵᵀ, by kernels that read each operand once; None where there are none. Integers of eight bits.
+
+    Args:
+        x: bfloat16.
+        weight: float32 masters, or bfloat16.
+        schemes: of x and of the weight: per token, per channel.
+        gradients: likewise, of the values; the product has none.
+    """
+    of_x, of_weight = schemes
+    if not isinstance(of_weight.granularity, Channel) or not _multiplies(x, weight.shape, of_weight, of_x):
+        return None
+    operands = (x, weight)
+    if not all(fused.fits(scheme, each.shape, each.dtype) for scheme, each in zip(schemes, operands, strict=True)):
+        return None
+    if not all(rule in (ste.clipped_ste, ste.ste) for rule in gradients):
+        return None
+    clipped = [rule is ste.clipped_ste and ste.clips(each) for rule, each in zip(gradients, schemes, strict=True)]
+    rows = fused.fake_quantize_and_encode(x, of_x, codes="signed", clipped=clipped[0])
+    matrix = fused.fake_quantize_and_encode(weight, of_weight, codes="packed", clipped=clipped[1], dtype=x.dtype)
+    codes = jax.lax.stop_gradient((rows.codes, rows.scale, matrix.codes, matrix.scale))
+    return Trained(rows.value, matrix.value, _multiply_codes(*codes))
+
+
 def _multiplies(x: Array, shape: tuple[int, ...], weight: Scheme, activation: Scheme) -> bool:
     """Whether a kernel multiplies the codes of both as they are: int8 of eight bits, or fp8 e4m3."""
     if x.dtype != jnp.bfloat16 or way() != "kernel" or not on_hopper():
@@ -142,6 +179,16 @@ def _as_codes(activation: Scheme, x: Array, packed: Array, of_rows: Array, bias:
         return _all_rows_at_once(product, size, batched, (x, *others))
 
     return product(x, packed, of_rows, bias)
+
+
+@jax.custom_batching.custom_vmap
+def _multiply_codes(codes: Array, scales: Array, packed: Array, of_rows: Array) -> Array:
+    return w8a8_wgmma.matmul(codes, packed, scales, of_rows)
+
+
+@_multiply_codes.def_vmap
+def _multiply_batch(size: int, batched: Any, *operands: Array) -> tuple[Array, bool]:
+    return _all_rows_at_once(_multiply_codes, size, batched, operands, of_rows=2)
 
 
 def _decode_and_multiply(x: Array, q: QTensor, dtype: np.dtype[Any]) -> Array:
@@ -179,16 +226,19 @@ def _batched(x: Array, q: QTensor, dtype: np.dtype[Any]) -> Array:
 
 
 def _all_rows_at_once(
-    product: Callable[..., Array], size: int, batched: Sequence[Any], operands: tuple[Any, ...]
+    product: Callable[..., Array], size: int, batched: Sequence[Any], operands: tuple[Any, ...], *, of_rows: int = 1
 ) -> tuple[Array, bool]:
-    """A rule for vmap: rows of all go into one product; of weights of their own, as experts have, one after another."""
-    if any(jax.tree.leaves(batched[1:])):
+    """A rule for vmap: rows of all go into one product; of weights of their own, as experts have, one after another.
+
+    The first `of_rows` operands have rows along their first axis.
+    """
+    if any(jax.tree.leaves(batched[of_rows:])) or not all(batched[:of_rows]):
         each = jax.tree.map(
             lambda leaf, is_: leaf if is_ else jnp.broadcast_to(leaf, (size, *leaf.shape)), operands, tuple(batched)
         )
         return jax.lax.map(lambda one: product(*one), each), True
-    x, *others = operands
-    return product(x.reshape(-1, x.shape[-1]), *others).reshape(size, x.shape[1], -1), True
+    rows = [each.reshape(-1, *each.shape[2:]) for each in operands[:of_rows]]
+    return product(*rows, *operands[of_rows:]).reshape(size, operands[0].shape[1], -1), True
 
 
 def fake_quantize(

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jquant.core.division import whole_ratio as core_whole_ratio
 from jquant.core.formats import Float as FloatElement
 from jquant.core.formats import Int
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Channel, Group, Scheme, Token
 from jquant.core.tiles import Axis
 from jquant.kernels.options import assembles, lanes, triton_options
-from jquant.kernels.rounding import divisor, whole_quotient
+from jquant.kernels.rounding import Divisor, divisor, whole_quotient
 
-Keep = Literal["input", "scale"]
+Keep = Literal["input", "bound"]
+Codes = Literal["signed", "packed"]
 _ELEMENTS, _WARPS = 4096, 8  # of a program; on an H100 as fast as a copy
 _HIGHEST = 256  # of a group in columns that is on chip at once; a taller one is read twice, from the L2 cache then
 _TALL, _SHORTEST = 8192, 64  # elements of it that are on chip; rows that are worth it
@@ -80,12 +80,62 @@ def fake_quantize(
         clipped: the gradient is 0 where x was clipped.
         axis: of the inputs.
         dtype: of the result, rounded once from float32; by default that of x.
-        keep: how the gradient knows where: the `input` goes through a kernel again, or its `scale` is kept and XLA
-            joins the comparison with what reads the gradient, as with an optimizer's step, which has x at hand.
+        keep: how the gradient knows where: the `input` goes through a kernel again, or the `bound` of each group is
+            kept and XLA joins the comparison with what reads the gradient, as with an optimizer's step, which has x at
+            hand.
         interpret: run the kernel's operations one by one, on any platform.
     """
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     return _fake_quantize(Plan(scheme, clipped, axis, dtype, keep, interpret), x)
+
+
+class Encoded(NamedTuple):
+    """An operand of a product of codes, and what the product is differentiated with."""
+
+    value: Float[Array, "out in"]  # dequantized
+    codes: Array  # [out, in], int8 with zero at 0, or uint8 as a QTensor holds them
+    scale: Float32[Array, " out"]
+
+
+def fake_quantize_and_encode(
+    x: Float[Array, "out in"],
+    scheme: Scheme,
+    *,
+    codes: Codes,
+    clipped: bool = True,
+    dtype: DTypeLike | None = None,
+    interpret: bool = False,
+) -> Encoded:
+    """`fake_quantize` of rows with a scale each, with its codes and scales from the same read of x.
+
+    Args:
+        x: as there; the gradient is that of the value, and the codes have none.
+        scheme: of eight bits, per channel or token.
+        codes: `signed` as int8, or `packed` as uint8 with the format's offset.
+        clipped: as there.
+        dtype: of the value.
+        interpret: as there.
+    """
+    plan = Plan(scheme, clipped, -1, x.dtype if dtype is None else jnp.dtype(dtype), "bound", interpret)
+    return _encode(plan, codes, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _encode(plan: Plan, codes: Codes, x: Array) -> Encoded:
+    return _encode_and_keep(plan, codes, x)[0]
+
+
+def _encode_and_keep(plan: Plan, codes: Codes, x: Array) -> tuple[Encoded, tuple[Array, Array]]:
+    dtypes = (plan.dtype, jnp.int8 if codes == "signed" else jnp.uint8)
+    value, found, scale, bound = _over_groups(_forward, (x,), plan, dtypes, ("scale", "bound"))
+    return Encoded(value, found, scale[:, 0]), (x, bound)
+
+
+def _pull_encoded(plan: Plan, _: Codes, kept: tuple[Array, Array], cotangent: Encoded) -> tuple[Array]:
+    return _pull(plan, kept, cotangent.value)
+
+
+_encode.defvjp(_encode_and_keep, _pull_encoded)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -96,8 +146,8 @@ def _fake_quantize(plan: Plan, x: Array) -> Array:
 def _keep(plan: Plan, x: Array) -> tuple[Array, tuple[Array, ...]]:
     if not plan.clipped or plan.keep == "input":
         return _fake_quantize(plan, x), (x,)
-    value, scale = _over_groups(_forward, (x,), plan, (plan.dtype,), with_scale=True)
-    return value, (x, scale)
+    value, bound = _over_groups(_forward, (x,), plan, (plan.dtype,), ("bound",))
+    return value, (x, bound)
 
 
 def _pull(plan: Plan, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array]:
@@ -106,22 +156,24 @@ def _pull(plan: Plan, kept: tuple[Array, ...], cotangent: Array) -> tuple[Array]
         return (cotangent.astype(x.dtype),)
     if plan.keep == "input":
         return (_over_groups(_backward, (x, cotangent), plan, (x.dtype,))[0],)
-    element, axis, scale = plan.scheme.element, plan.axis, kept[1]
-    assert isinstance(element, Int), "`fits` refuses others"
-    groups = scale.shape[axis]
-    # Groups along an axis of their own, so that the reciprocal of a scale is taken once a group.
+    axis, bound = plan.axis, kept[1]
+    groups = bound.shape[axis]
     tiles = x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[len(x.shape) + axis + 1 :])
-    in_range = element.holds(core_whole_ratio(tiles.astype(jnp.float32), jnp.expand_dims(scale, axis % x.ndim + 1)))
+    in_range = tiles.astype(jnp.float32) <= jnp.expand_dims(bound, axis % x.ndim + 1)
     return (jnp.where(in_range.reshape(x.shape), cotangent.astype(x.dtype), jnp.zeros((), x.dtype)),)
 
 
 _fake_quantize.defvjp(_keep, _pull)
 
 
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def _over_groups(
-    kernel: Any, operands: tuple[Array, ...], plan: Plan, dtypes: tuple[Any, ...], *, with_scale: bool = False
+    kernel: Any, operands: tuple[Array, ...], plan: Plan, dtypes: tuple[Any, ...], of_groups: tuple[str, ...] = ()
 ) -> list[Array]:
-    """Runs the kernel on all groups; with a scale of each as the last result, where asked for."""
+    """Runs the kernel on all groups: what it finds of each element, and then of each group.
+
+    Jitted, so that layers with the same input have the same call in their program: XLA makes them one.
+    """
     from jax.experimental import pallas as pl
 
     shape = operands[0].shape
@@ -143,7 +195,7 @@ def _over_groups(
         # Blocks of a grid over rows, or over stretches of inputs and columns.
         return pl.BlockSpec(of, (lambda i: (i, 0)) if plan.axis == -1 else (lambda i, j: (i, 0, j)))
 
-    results = [(folded, block, dtype) for dtype in dtypes] + ([(scales, line, jnp.float32)] if with_scale else [])
+    results = [(folded, block, dtype) for dtype in dtypes] + [(scales, line, jnp.float32)] * len(of_groups)
     found = pl.pallas_call(
         partial(kernel, plan.scheme.element, 1 if plan.axis == -1 else 0, assembles(plan.interpret)),
         grid=grid,
@@ -158,7 +210,7 @@ def _over_groups(
         found = [each[: operands[0].size // group] for each in found]
     lead = shape[:-1] if plan.axis == -1 else shape[:-2]
     ends = [(inputs,) if plan.axis == -1 else (inputs, shape[-1])] * len(dtypes)
-    ends += [(inputs // group,) if plan.axis == -1 else (inputs // group, shape[-1])] * with_scale
+    ends += [(inputs // group,) if plan.axis == -1 else (inputs // group, shape[-1])] * len(of_groups)
     return [each.reshape(*lead, *end) for each, end in zip(found, ends, strict=True)]
 
 
@@ -216,7 +268,9 @@ def _stretch(group: int, width: int) -> int:
     return min(group & -group, _TALL // width)
 
 
-def _forward(element: Any, axis: int, assembly: bool, x: Any, out: Any, scale_out: Any = None) -> None:
+def _forward(element: Any, axis: int, assembly: bool, x: Any, out: Any, *more: Any) -> None:
+    """Writes values; codes and their scales, where there is room for them; and the bound of a gradient likewise."""
+    codes_out, scale_out = more[:2] if len(more) == 3 else (None, None)
     held = _Held(x, axis)
     scale = scale_of(held.largest(), element)
     by = divisor(scale, assembly=assembly)
@@ -224,11 +278,30 @@ def _forward(element: Any, axis: int, assembly: bool, x: Any, out: Any, scale_ou
     step = jnp.where(jnp.isinf(scale), jnp.nan, scale)  # 0 · ∞, and of all else there too
 
     def write(at: Any, values: Array) -> None:
-        out[at] = (jnp.clip(whole_quotient(values, by, assembly=assembly), low, high) * step).astype(out.dtype)
+        whole = jnp.clip(whole_quotient(values, by, assembly=assembly), low, high)
+        out[at] = (whole * step).astype(out.dtype)
+        if codes_out is not None:
+            offset = 0 if codes_out.dtype == jnp.int8 else element.offset
+            codes_out[at] = (whole.astype(jnp.int32) + offset).astype(codes_out.dtype)
 
     held.each(write)
     if scale_out is not None:
         scale_out[...] = scale
+    if more:
+        more[-1][...] = _bound(scale, by, high, assembly=assembly)
+
+
+def _bound(scale: Array, by: Divisor, high: int, *, assembly: bool) -> Array:
+    """The largest value that is not clipped; none is too low, as the range's lower end goes to a code.
+
+    round(x / s) rises with x, and ends within 1.5 units in the last place of (high + ½)·s.
+    """
+    near = jax.lax.bitcast_convert_type(scale * jnp.float32(high + 0.5), jnp.int32)
+    found = jnp.full(scale.shape, -jnp.inf, jnp.float32)
+    for step in range(-2, 3):
+        value = jax.lax.bitcast_convert_type(near + step, jnp.float32)
+        found = jnp.where(whole_quotient(value, by, assembly=assembly) <= high, value, found)
+    return found
 
 
 def _backward(element: Any, axis: int, assembly: bool, x: Any, cotangent: Any, out: Any) -> None:

@@ -33,7 +33,7 @@ InputGradient = Literal["clipped_ste", "ste", "lsq", "pact"]
 Start = Literal["range", "mse", "lsq"]
 Rounding = Literal["nearest", "stochastic"]
 _LARGEST_LOG = 120.0  # of a scale; beyond it products with codes leave float32's range
-_STRAIGHT = {"clipped_ste": clipped_ste, "ste": ste}
+STRAIGHT = {"clipped_ste": clipped_ste, "ste": ste}
 
 
 class FakeQuantParam(nnx.Param[Array]):
@@ -105,8 +105,8 @@ class WeightQuantizer(FakeQuantModule):
         if not self.enabled:
             return matrix if dtype is None else matrix.astype(dtype)
         if self.log_scale is None and self.rngs is None:
-            rule = _STRAIGHT[self.gradient]
-            return dispatch.fake_quantize(matrix, self.scheme, gradient=rule, axis=axis, dtype=dtype, keep="scale")
+            rule = STRAIGHT[self.gradient]
+            return dispatch.fake_quantize(matrix, self.scheme, gradient=rule, axis=axis, dtype=dtype, keep="bound")
         dtype = matrix.dtype if dtype is None else dtype
         wide = matrix if dtype == matrix.dtype else matrix.astype(jnp.float32)  # so as to be rounded once, at the end
         if self.log_scale is not None:
@@ -114,7 +114,7 @@ class WeightQuantizer(FakeQuantModule):
             return fake_quantize_learned(wide, scale, self.scheme, zero_point=zero, axis=axis).astype(dtype)
         key = None if self.rngs is None else self.rngs()
         turned = wide if axis == -1 else wide.swapaxes(-1, -2)
-        value = fake_quantize(turned, self.scheme, gradient=_STRAIGHT[self.gradient], key=key, keep="input")
+        value = fake_quantize(turned, self.scheme, gradient=STRAIGHT[self.gradient], key=key, keep="input")
         if axis == -2:  # the barrier: as in nn/rounded_input.py, whose bits these are
             value = jax.lax.optimization_barrier(value.swapaxes(-1, -2))
         return value.astype(dtype)
@@ -200,7 +200,7 @@ class InputQuantizer(FakeQuantModule):
         if self.seen is None:
             # A byte an element costs a GPU least memory; on CPU masks are slow, and steps took 6 % longer with them.
             keep = "input" if dispatch.on_cpu() else "mask"
-            quantized = fake_quantize(rows, self.scheme, gradient=_STRAIGHT[self.gradient], keep=keep)
+            quantized = fake_quantize(rows, self.scheme, gradient=STRAIGHT[self.gradient], keep=keep)
         elif self.gradient == "pact":
             self._check_calibrated()
             assert self.log_scale is not None
@@ -214,7 +214,7 @@ class InputQuantizer(FakeQuantModule):
         else:
             scale, zero = self.parameters()
             quantized = fake_quantize(
-                rows, self.scheme, gradient=_STRAIGHT[self.gradient], scale=_tile(scale), zero_point=_tile(zero)
+                rows, self.scheme, gradient=STRAIGHT[self.gradient], scale=_tile(scale), zero_point=_tile(zero)
             )
         return quantized.reshape(x.shape)
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import Token
 from jquant.kernels import dispatch
-from jquant.nn.fake_quant import FakeQuantModule, InputQuantizer, WeightQuantizer
+from jquant.nn.fake_quant import STRAIGHT, FakeQuantModule, InputQuantizer, WeightQuantizer
 from jquant.nn.kernel_matrix import from_matrix, inputs_first, to_matrix, weight_name
 from jquant.nn.linear import ExpertLinear, Linear, grouped_matmul_transposed, matmul_transposed
 from jquant.nn.product import PRECISION, dot_general
@@ -42,19 +42,14 @@ class QATLinear(FakeQuantModule):
     def __call__(self, x: Float[Array, "*batch in"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch out"]:
         """The product in `dtype`; by default in that of x."""
         bias = None if self.bias is None else self.bias.get_value()
-        inputs = x if self.input_quantizer is None else self.input_quantizer(x)
+        dtype = x.dtype if dtype is None else jnp.dtype(dtype)
         if not multiplies_codes(self):
+            inputs = x if self.input_quantizer is None else self.input_quantizer(x)
             weight = self.weight_quantizer(self.weight.get_value(), dtype=x.dtype)
             return matmul_transposed(inputs, weight, bias, dtype=dtype)
-        weight = self.weight_quantizer(self.weight.get_value(), dtype=x.dtype)  # for the backward pass
         rows = x.reshape(-1, x.shape[-1])
-        dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-        product = None
-        if dtype == jnp.bfloat16 and bias is None:
-            product = _product_by_kernels(self, rows)
-        if product is None:
-            product = multiply(*_codes(self, rows))
-        product = _differentiated(inputs.reshape(rows.shape), weight, jax.lax.stop_gradient(product))
+        narrow = dtype == jnp.bfloat16 and bias is None
+        product = _differentiated(*((_by_kernels(self, rows) if narrow else None) or _in_parts(self, rows, narrow)))
         if bias is not None:
             product = product + bias.astype(jnp.float32)
         return product.astype(dtype).reshape(*x.shape[:-1], -1)
@@ -145,12 +140,26 @@ def _codes(layer: QATLinear | QATExpertLinear, rows: Array) -> tuple[QTensor, QT
     return jax.lax.stop_gradient((codes, layer.weight_quantizer.quantize(weight)))
 
 
-def _product_by_kernels(layer: QATLinear, rows: Array) -> Array | None:
-    """x̂ · Ŵᵀ from codes, in bfloat16; None where there are no kernels for it."""
+def _by_kernels(layer: QATLinear, rows: Array) -> tuple[Array, Array, Array] | None:
+    """x̂, Ŵ and their product in bfloat16, each operand read once; None where there are no kernels for it."""
+    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    assert inputs is not None
+    if weight.log_scale is not None or not isinstance(inputs.scheme.granularity, Token):
+        return None
+    rules = STRAIGHT[inputs.gradient], STRAIGHT[weight.gradient]
+    return dispatch.fake_quantize_and_multiply(rows, layer.weight.get_value(), (inputs.scheme, weight.scheme), rules)
+
+
+def _in_parts(layer: QATLinear, rows: Array, narrow: bool) -> tuple[Array, Array, Array]:
+    """The same; the product in float32, or in bfloat16 by a kernel where it may be narrow."""
     inputs = layer.input_quantizer
     assert inputs is not None
-    weight = jax.lax.stop_gradient(layer.weight_quantizer.quantize(jax.lax.stop_gradient(layer.weight.get_value())))
-    return dispatch.multiply_as_codes(rows, weight, inputs.scheme)
+    values = inputs(rows), layer.weight_quantizer(layer.weight.get_value(), dtype=rows.dtype)
+    product = None
+    if narrow:
+        weight = layer.weight_quantizer.quantize(jax.lax.stop_gradient(layer.weight.get_value()))
+        product = dispatch.multiply_as_codes(rows, jax.lax.stop_gradient(weight), inputs.scheme)
+    return *values, jax.lax.stop_gradient(multiply(*_codes(layer, rows)) if product is None else product)
 
 
 @jax.custom_vjp
@@ -166,10 +175,8 @@ def _product_forward(x: Array, weight: Array, product: Array) -> tuple[Array, tu
 def _product_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
     x, weight = kept
     gradient = cotangent.astype(x.dtype)
-    product = {"precision": PRECISION, "preferred_element_type": jnp.float32}
-    of_x = jnp.einsum("ro,oi->ri", gradient, weight, **product)
-    of_weight = jnp.einsum("ro,ri->oi", gradient, x, **product)
-    return of_x.astype(x.dtype), of_weight.astype(weight.dtype), None
+    of_x = jnp.einsum("ro,oi->ri", gradient, weight, precision=PRECISION)
+    return of_x, jnp.einsum("ro,ri->oi", gradient, x, precision=PRECISION), None
 
 
 _differentiated.defvjp(_product_forward, _product_backward)

@@ -15,15 +15,25 @@ from jquant import qat
 from jquant.core import ste
 from jquant.core.division import exact_divide
 from jquant.core.formats import Int
+from jquant.core.qtensor import quantize
 from jquant.core.scheme import scheme
 from jquant.core.tiles import Axis
 from jquant.kernels import dispatch
-from jquant.kernels.fake_quant import Keep, _divide_by_reach, fake_quantize, fits
+from jquant.kernels.fake_quant import (
+    Codes,
+    Encoded,
+    Keep,
+    _divide_by_reach,
+    fake_quantize,
+    fake_quantize_and_encode,
+    fits,
+)
 from jquant.nn.linear import Linear
+from jquant.nn.w8a8 import narrow_codes
 
 INTERPRET = not dispatch.on_cuda()  # on a GPU the kernel itself
 
-KEEPS: tuple[Keep, ...] = ("input", "scale")
+KEEPS: tuple[Keep, ...] = ("input", "bound")
 SCHEMES = [
     *(f"int{bits}:g32" for bits in range(2, 9)),
     *("int4:channel", "int8:token", "int4:g128", "int3:g64:restricted", "int8:channel:restricted"),
@@ -41,6 +51,33 @@ def test_value_and_gradient(spec: str, dtype: str) -> None:
         np.testing.assert_array_equal(pulled(cotangent)[0], pull(cotangent)[0])
     straight = jax.vjp(lambda x: fake_quantize(x, chosen, clipped=False, interpret=INTERPRET), x)[1](cotangent)[0]
     np.testing.assert_array_equal(straight, cotangent)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("codes", ["signed", "packed"])
+@pytest.mark.parametrize("spec", ["int8:token", "int8:channel:restricted"])
+def test_codes_come_with_the_values(spec: str, codes: Codes, dtype: str) -> None:
+    x, cotangent, chosen = _operands((27, 256), dtype), _operands((27, 256), "bfloat16", seed=1), scheme(spec)
+    encode = partial(
+        fake_quantize_and_encode, scheme=chosen, codes=codes, clipped=True, dtype="bfloat16", interpret=INTERPRET
+    )
+    found, pulled = jax.vjp(encode, x)
+    value, pull = jax.vjp(partial(fake_quantize, scheme=chosen, dtype="bfloat16", interpret=INTERPRET), x)
+    expected = quantize(x, chosen)
+    np.testing.assert_array_equal(found.value, value)
+    np.testing.assert_array_equal(found.codes, expected.planes[0] if codes == "packed" else narrow_codes(expected))
+    np.testing.assert_array_equal(found.scale, expected.scales()[:, 0])
+    none = np.zeros(found.codes.shape, jax.dtypes.float0), jnp.ones_like(found.scale)
+    np.testing.assert_array_equal(pulled(Encoded(cotangent, *none))[0], pull(cotangent)[0])
+
+
+def test_layers_with_one_input_have_one_call_in_their_program() -> None:
+    """The kernel's call is a function that the program has once, so that XLA may merge calls with equal arguments."""
+    x, chosen = jnp.ones((32, 256)), scheme("int8:token")
+    fake = partial(fake_quantize_and_encode, scheme=chosen, codes="signed", interpret=INTERPRET)
+    text = jax.jit(lambda x: (fake(x), fake(x), fake(x))).lower(x).as_text()
+    assert text.count("call @_over_groups") == 3
+    assert text.count("func.func private @_over_groups") == 1
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jquant import qat
 from jquant.core.qtensor import quantize
 from jquant.core.scheme import scheme
 from jquant.kernels import dispatch
 from jquant.kernels.w8a8_wgmma import fits, matmul
+from jquant.nn.linear import Linear
 from jquant.nn.w8a8 import W8A8Linear, multiply, narrow_codes
 
 
@@ -67,3 +70,33 @@ def test_gradient_is_no_error() -> None:
     gradient = jax.grad(lambda x: jnp.sum(layer(x).astype(jnp.float32)))(x)
     assert bool(jnp.all(jnp.isfinite(gradient)))
     assert bool(jnp.all(gradient == 0)) == dispatch.on_hopper()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_by_kernels_is_training(dtype: str) -> None:
+    """A layer that multiplies codes in its forward pass: output and gradients as without kernels, also under vmap."""
+    layer = Linear(512, 256, rngs=nnx.Rngs(0))
+    layer.weight.set_value(layer.weight.get_value().astype(dtype))
+    model = nnx.Sequential(layer)
+    recipe = qat.one_rule("int8:channel", layers=("layers",), start="range", activation="int8:token")
+    qat.prepare(model, recipe, announce=lambda line: None)
+    x = jax.random.normal(jax.random.key(1), (2, 300, 512)).astype(jnp.bfloat16)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = nnx.merge(graphdef, params, rest)(x)
+        return jnp.sum(y.astype(jnp.float32) ** 2), y
+
+    both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    assert ("mosaic_gpu" in jax.jit(both).lower(params, x).as_text()) == dispatch.on_hopper()
+    (_, value), gradients = jax.jit(both)(params, x)
+    with dispatch.override("jnp"):
+        (_, plain), expected = jax.jit(both)(params, x)
+    vmapped = jax.jit(jax.vmap(lambda x: loss(params, x)[1]))(x)
+    for found in (value, vmapped):
+        np.testing.assert_allclose(*(each.astype(jnp.float32) for each in (found, plain)), rtol=2**-7, atol=2**-7)
+    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.std(wanted.astype(jnp.float32)))
+        np.testing.assert_allclose(
+            *(each.astype(jnp.float32) for each in (found, wanted)), rtol=2**-6, atol=2**-6 * scale
+        )
