@@ -5,7 +5,7 @@ Stands above the rooms, like the command line: it joins models, ptq and io.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,13 @@ from jquant.models.checkpoint import Checkpoint
 from jquant.models.decoder import check_length
 from jquant.models.save import describe, tokenizer_files
 from jquant.models.stream import StreamedModel
-from jquant.nn.mesh import mesh_text
+from jquant.nn.mesh import DATA, axis_size, mesh_text
 from jquant.ptq.activations import InMemory, OnDisk
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.data import Products
 from jquant.ptq.pipeline import Event, quantize_blocks
 from jquant.ptq.preflight import Estimate, estimate
-from jquant.ptq.recipe import Recipe, assign
+from jquant.ptq.recipe import Recipe, Rule, assign
 from jquant.ptq.rule_check import check_products, check_rules
 from jquant.ptq.workdir import open_workdir
 
@@ -79,12 +79,14 @@ def quantize_checkpoint(
     source = StreamedModel(checkpoint, dtype=dtype, mesh=mesh)
     shapes = source.shapes()
     rules = assign(recipe, list(shapes))
-    check_rules(rules, shapes, calibration is not None)
+    _check_float(checkpoint, rules)
+    check_rules(rules, shapes, calibration is not None, places=source.equivalences())
     check_products(products, rules)
     batches = None
     if calibration is not None:
         check_length(checkpoint.config, calibration.window)
-        batches = in_batches(calibration.tokens, batch)
+        batches = in_batches(calibration.tokens, batch, mesh)
+    tokenizer = tokenizer_files(checkpoint.tokenizer())  # a damaged one is found now, not behind the last block
     definition = _definition(checkpoint, recipe, calibration, batch, dtype, products, mesh)
     with open_workdir(out.parent / f".{out.name}.unfinished", definition) as workdir:
         if workdir.is_complete:  # an earlier run was stopped on its last step
@@ -124,19 +126,25 @@ def quantize_checkpoint(
         }
         workdir.complete(
             describe(checkpoint.config, note=checkpoint.note, provenance=provenance, activations=workdir.activations()),
-            extra_files={
-                **tokenizer_files(checkpoint.tokenizer()),
-                "coverage.json": as_text(coverage.as_json()).encode(),
-            },
+            extra_files={**tokenizer, "coverage.json": as_text(coverage.as_json()).encode()},
         )
         workdir.publish(out)
     return coverage
 
 
-def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Windows [n, window] as batches of one size. Raises InputError where they do not come out even."""
+def _check_float(checkpoint: Checkpoint, rules: Mapping[str, Rule]) -> None:
+    for path in rules:
+        if path in checkpoint.quantized:
+            inputs = f", its inputs to {checkpoint.activations[path]}" if path in checkpoint.activations else ""
+            raise InputError(f"{checkpoint.path}: layer {path} is quantized already{inputs}: start from the float model")
+
+
+def in_batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> list[np.ndarray]:
+    """Windows [n, window] as batches of one size. Raises InputError where they do not come out even, on the mesh too."""
     if batch < 1 or len(tokens) % batch:
         raise InputError(f"batch {batch} for {len(tokens)} calibration windows: it must divide them evenly")
+    if batch % (devices := axis_size(mesh, DATA)):
+        raise InputError(f"batch {batch} over data={devices}: it must be a multiple of {devices}")
     return list(tokens.reshape(-1, batch, tokens.shape[-1]))
 
 

@@ -158,7 +158,7 @@ def quantize_blocks(
     started = time.perf_counter()
     shapes = source.shapes()
     rules = assign(recipe, list(shapes))
-    check_rules(rules, shapes, batches is not None)
+    check_rules(rules, shapes, batches is not None, places=source.equivalences(), masked=masks is not None)
     check_products(products, rules)
     needs_data = any(map(rule_needs_data, rules.values()))
     if needs_data and (not batches or np.shape(batches[0])[-1] < 2):

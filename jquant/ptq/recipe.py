@@ -72,6 +72,11 @@ class Rule:
         _checked(lambda step: configured(SOLVERS, step.name, step.options), self.method, what)
         for transform in self.transforms:
             _checked(lambda step: configured(TRANSFORMS, step.name, step.options), transform, what)
+            if TRANSFORMS[transform.name].needs_activation and self.activation is None:
+                raise InputError(
+                    f"{what}: {transform.name} moves difficulty from activations to weights, and the rule quantizes no "
+                    f"activations; say in which scheme, as {transform.name}@int8:token or, in a rule, activation: int8:token"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ class Transform:
 
     apply: Callable[[Task, Any], list[TransformReport]]
     config: Any
+    needs_activation: bool = False  # it is for layers whose inputs are quantized too
 
 
 def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[str, Any]]) -> Any:
@@ -69,14 +70,10 @@ def _awq(task: Task, config: awq.AWQConfig) -> list[TransformReport]:
 
 
 def _smoothquant(task: Task, config: smoothquant.SmoothQuantConfig) -> list[TransformReport]:
-    pairs = {}
-    for path, (weight, activation) in task.schemes.items():
-        if activation is None:
-            raise InputError(
-                f"{task.prefix}{path}: smoothquant moves difficulty from activations to weights, and the rule "
-                "quantizes no activations; give it activation: int8:token"
-            )
-        pairs[path] = smoothquant.Pair(scheme(weight), scheme(activation))
+    pairs = {
+        path: smoothquant.Pair(scheme(weight), scheme(activation or ""))  # a rule has one
+        for path, (weight, activation) in task.schemes.items()
+    }
     seen = _observe(task, config.search_tokens)
     found = smoothquant.rewrite(task.block, task.places, pairs, seen.absmax, seen.calls, config=config)
     return [_report("smoothquant", each, task.prefix) for each in found]
@@ -84,7 +81,7 @@ def _smoothquant(task: Task, config: smoothquant.SmoothQuantConfig) -> list[Tran
 
 TRANSFORMS: dict[str, Transform] = {
     "awq": Transform(_awq, awq.AWQConfig()),
-    "smoothquant": Transform(_smoothquant, smoothquant.SmoothQuantConfig(alpha="search")),
+    "smoothquant": Transform(_smoothquant, smoothquant.SmoothQuantConfig(alpha="search"), needs_activation=True),
 }
 
 
