@@ -20,11 +20,13 @@ from jquant.io.json_file import as_text, read_json
 from jquant.io.native import check_new_folder
 from jquant.kernels.dispatch import way
 from jquant.models.checkpoint import Checkpoint
+from jquant.models.config import ModelConfig
 from jquant.models.decoder import check_length
 from jquant.models.save import describe, tokenizer_files
 from jquant.models.stream import StreamedModel
 from jquant.nn.mesh import DATA, axis_size, mesh_text
 from jquant.ptq.activations import InMemory, OnDisk
+from jquant.ptq.cost import Load
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.data import Products
 from jquant.ptq.pipeline import Event, quantize_blocks
@@ -73,7 +75,8 @@ def quantize_checkpoint(
         progress: hears of every finished block.
 
     Raises:
-        InputError: a rule does not fit, the run cannot fit in memory, or the folder cannot be written.
+        InputError: a rule does not fit, a layer is quantized already, the run cannot fit in memory or on disk, or the
+            folder cannot be written.
     """
     check_new_folder(out)
     source = StreamedModel(checkpoint, dtype=dtype, mesh=mesh)
@@ -94,10 +97,19 @@ def quantize_checkpoint(
             return Coverage.from_json(read_json(out / "coverage.json"))
         if finished := workdir.finished:
             on_resume(finished)
-        tokens = 0 if calibration is None else calibration.tokens.size
-        expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize, mesh=mesh)
+        expected = estimate(
+            rules,
+            shapes,
+            load=None if calibration is None else _load(checkpoint.config, calibration, batch),
+            places=source.equivalences(),
+            itemsize=np.dtype(dtype).itemsize,
+            mesh=mesh,
+            target=out,
+            spill=spill,
+            finished=finished,
+        )
         on_estimate(expected)
-        expected.check(on_disk=spill)
+        expected.check(out)
         store = OnDisk(workdir.path) if spill else InMemory()
         try:
             coverage = quantize_blocks(
@@ -132,15 +144,27 @@ def quantize_checkpoint(
     return coverage
 
 
+def _load(config: ModelConfig, calibration: Windows, batch: int) -> Load:
+    return Load(
+        windows=len(calibration.tokens),
+        window=calibration.window,
+        batch=batch,
+        attention=config.num_heads * config.head_dim,
+        experts=config.experts_per_token,
+    )
+
+
 def _check_float(checkpoint: Checkpoint, rules: Mapping[str, Rule]) -> None:
     for path in rules:
         if path in checkpoint.quantized:
             inputs = f", its inputs to {checkpoint.activations[path]}" if path in checkpoint.activations else ""
-            raise InputError(f"{checkpoint.path}: layer {path} is quantized already{inputs}: start from the float model")
+            raise InputError(
+                f"{checkpoint.path}: layer {path} is quantized already{inputs}: start from the float model"
+            )
 
 
 def in_batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> list[np.ndarray]:
-    """Windows [n, window] as batches of one size. Raises InputError where they do not come out even, on the mesh too."""
+    """Windows [n, window] as batches of one size. Raises InputError where they do not come out even, or on the mesh."""
     if batch < 1 or len(tokens) % batch:
         raise InputError(f"batch {batch} for {len(tokens)} calibration windows: it must divide them evenly")
     if batch % (devices := axis_size(mesh, DATA)):

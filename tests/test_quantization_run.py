@@ -194,6 +194,34 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
     assert not (tmp_path / "q").exists()
 
 
+def test_a_run_that_cannot_fit_on_disk_is_refused_and_one_that_goes_on_needs_less(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jquant.ptq import workdir
+
+    heard: list[Estimate] = []
+    monkeypatch.setattr("jquant.ptq.preflight._free_disk", lambda target: 1 << 12)
+    with pytest.raises(InputError, match=r"q: the run writes .* on that disk: make room, or choose another --out"):
+        _run(source, tmp_path / "q", on_estimate=heard.append)
+    assert not (tmp_path / "q").exists()
+
+    def full(folder: Path, part: str, tensors: Any) -> Any:
+        if part == "block-0001":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return native.write_part(folder, part, tensors)
+
+    monkeypatch.setattr("jquant.ptq.preflight._free_disk", lambda target: heard[0].disk_bytes)
+    monkeypatch.setattr(workdir, "write_part", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        _run(source, tmp_path / "q")
+    monkeypatch.setattr(workdir, "write_part", native.write_part)
+    monkeypatch.setattr("jquant.ptq.preflight._free_disk", lambda target: heard[0].disk_bytes - 1)
+    _run(source, tmp_path / "q", on_estimate=heard.append)
+    assert heard[1].disk_bytes < heard[0].disk_bytes
+    held = sum(file.stat().st_size for file in (tmp_path / "q" / native.ARRAYS).rglob("*") if file.is_file())
+    assert heard[0].written_bytes > 0.5 * held
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -207,12 +235,12 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
         (["--scheme", "int4:g32", "--products", "bfloat16"], "no method of the recipe learns from data"),
         (["--recipe", "int2-g64-lsq"], "neither a file nor a preset of quantize"),
         (["--method", "smoothquant", "--scheme", "int8:channel"], "quantizes no activations; say in which scheme"),
-        (["--method", "rtn@int4:token", "--scheme", "int4:g32"], "layer blocks.0.attn.k_proj: weights in int4:g32 with"),
+        (["--method", "rtn@int4:token", "--scheme", "int4:g32"], "layer blocks.0.attn.k_proj: weights in int4:g32"),
         (["--method", "smoothquant@int8:token", "--scheme", "int8:channel:asym"], "weights must be symmetric"),
         (
             ["--method", "awq", "--scheme", "int4:g32", "--layers", "q_proj"],
-            "awq on blocks.0.attn.q_proj: no norm or layer before it can take the scales up; name all layers that read "
-            "the same input (attn.q_proj, attn.k_proj, attn.v_proj)",
+            "awq on blocks.0.attn.q_proj: no norm or layer before it can take the scales up; let the rule, or "
+            "--layers, name all layers that read the same input (attn.q_proj, attn.k_proj, attn.v_proj)",
         ),
         (["--method", "awq", "--scheme", "int4:g32", "--layers", "lm_head"], "awq on head.lm_head: no norm"),
         (["--method", "gptq", "--scheme", "int4:g32", "--batch", "3"], "batch 3 for 32 calibration windows"),
@@ -229,7 +257,7 @@ def test_the_command_says_what_is_wrong(
     assert code == 2
     said = capsys.readouterr().err
     assert " ".join(message.split()) in " ".join(said.split())
-    assert "FLOP" not in said, "it was told what the run takes, and then refused"
+    assert "beyond compiling" not in said, "it was told what the run takes, and then refused"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,7 +271,7 @@ def test_a_quantized_model_is_not_quantized_again(
     assert main(["quantize", str(tmp_path / "q"), "--scheme", "int4:g32", "--out", str(tmp_path / "r")]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"layer blocks.0.attn.k_proj is quantized already{inputs}: start from the float model" in said
-    assert "FLOP" not in said
+    assert "beyond compiling" not in said
     words = ["--scheme", "int4:g32", "--layers", "mlp"]  # what is still float may be
     assert main(["quantize", str(tmp_path / "q"), *words, "--out", str(tmp_path / "s")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "s"]
@@ -264,7 +292,16 @@ def test_a_checkpoint_without_tokenizer_is_refused_before_the_work(source: Path,
 
 @pytest.mark.parametrize(
     ("windows", "devices", "least", "wanted"),
-    [(32, 1, 8, 8), (4, 1, 8, 4), (12, 1, 8, 6), (7, 1, 8, 7), (11, 1, 8, 1), (32, 1, 1, 1), (16, 8, 1, 8), (6, 2, 8, 6)],
+    [
+        (32, 1, 8, 8),
+        (4, 1, 8, 4),
+        (12, 1, 8, 6),
+        (7, 1, 8, 7),
+        (11, 1, 8, 1),
+        (32, 1, 1, 1),
+        (16, 8, 1, 8),
+        (6, 2, 8, 6),
+    ],
 )
 def test_a_default_batch_divides_the_windows(
     windows: int, devices: int, least: int, wanted: int, monkeypatch: pytest.MonkeyPatch

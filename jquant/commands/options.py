@@ -39,7 +39,7 @@ def default_batch(batch: int | None, mesh: Mesh | None = None) -> int:
 
 
 def calibration_batch(batch: int | None, windows: int, mesh: Mesh | None = None) -> int:
-    """As `default_batch` where each batch must be full: without a number asked for the largest that divides the windows.
+    """As `default_batch`, where each batch must be full: of itself it is the largest that divides the windows.
 
     Raises:
         InputError: windows do not divide over the mesh.

@@ -27,7 +27,9 @@ def open_native_checkpoint(name: str, path: Path) -> Checkpoint:
         tokenizer_reader=lambda: tokenizer_from_json(path),
         activations=_activations(opened.description, path),
         quantized=frozenset(
-            tensor.removesuffix(".weight") for tensor, entry in opened.description["tensors"].items() if "scheme" in entry
+            tensor.removesuffix(".weight")
+            for tensor, entry in opened.description["tensors"].items()
+            if "scheme" in entry
         ),
         calibration_sha256=_calibration(opened.description),
         provenance=_provenance(opened.description),

@@ -154,8 +154,8 @@ def fitting_places(
         partly = [place for place in places if any(path in wanted for path in place.consumers)]
         together = f" ({', '.join(partly[0].consumers)})" if partly else ""
         raise InputError(
-            f"{step.name} on {prefix}{wanted[0]}: no norm or layer before it can take the scales up; name all layers "
-            f"that read the same input{together}, or leave the transform out"
+            f"{step.name} on {prefix}{wanted[0]}: no norm or layer before it can take the scales up; let the rule, or "
+            f"--layers, name all layers that read the same input{together}, or leave the transform out"
         )
     return fitting
 

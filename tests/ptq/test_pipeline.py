@@ -299,6 +299,13 @@ def test_layers_of_flax_do_not_quantize_their_inputs(monkeypatch: pytest.MonkeyP
         quantize_model(model, Recipe(rules=(rule,)), [jnp.ones((2, 8))])
 
 
+@pytest.mark.parametrize(("method", "spec"), [("rtn@int8:token", "int8:channel"), ("rtn", "int4:g32")])
+def test_a_layer_that_is_quantized_already_is_named(method: str, spec: str) -> None:
+    model, _ = quantize_model(tiny_model(), one_rule(method, spec))
+    with pytest.raises(InputError, match=r"layer blocks\.0\.\w+\.\w+_proj is quantized already: start from the float"):
+        quantize_model(model, one_rule("rtn", "int4:g32"))
+
+
 def test_masks_are_refused_where_experts_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
     shapes = {"blocks.0.mlp.up_proj": (4, 64, 32)}
