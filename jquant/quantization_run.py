@@ -5,7 +5,7 @@ Stands above the rooms, like the command line: it joins models, ptq and io.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +20,18 @@ from jquant.io.json_file import as_text, read_json
 from jquant.io.native import check_new_folder
 from jquant.kernels.dispatch import way
 from jquant.models.checkpoint import Checkpoint
+from jquant.models.config import ModelConfig
 from jquant.models.decoder import check_length
 from jquant.models.save import describe, tokenizer_files
 from jquant.models.stream import StreamedModel
-from jquant.nn.mesh import mesh_text
+from jquant.nn.mesh import DATA, axis_size, mesh_text
 from jquant.ptq.activations import InMemory, OnDisk
+from jquant.ptq.cost import Load
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.data import Products
 from jquant.ptq.pipeline import Event, quantize_blocks
 from jquant.ptq.preflight import Estimate, estimate
-from jquant.ptq.recipe import Recipe, assign
+from jquant.ptq.recipe import Recipe, Rule, assign
 from jquant.ptq.rule_check import check_products, check_rules
 from jquant.ptq.workdir import open_workdir
 
@@ -73,18 +75,21 @@ def quantize_checkpoint(
         progress: hears of every finished block.
 
     Raises:
-        InputError: a rule does not fit, the run cannot fit in memory, or the folder cannot be written.
+        InputError: a rule does not fit, a layer is quantized already, the run cannot fit in memory or on disk, or the
+            folder cannot be written.
     """
     check_new_folder(out)
     source = StreamedModel(checkpoint, dtype=dtype, mesh=mesh)
     shapes = source.shapes()
     rules = assign(recipe, list(shapes))
-    check_rules(rules, shapes, calibration is not None)
+    _check_float(checkpoint, rules)
+    check_rules(rules, shapes, calibration is not None, places=source.equivalences())
     check_products(products, rules)
     batches = None
     if calibration is not None:
         check_length(checkpoint.config, calibration.window)
-        batches = in_batches(calibration.tokens, batch)
+        batches = in_batches(calibration.tokens, batch, mesh)
+    tokenizer = tokenizer_files(checkpoint.tokenizer())  # a damaged one is found now, not behind the last block
     definition = _definition(checkpoint, recipe, calibration, batch, dtype, products, mesh)
     with open_workdir(out.parent / f".{out.name}.unfinished", definition) as workdir:
         if workdir.is_complete:  # an earlier run was stopped on its last step
@@ -92,10 +97,19 @@ def quantize_checkpoint(
             return Coverage.from_json(read_json(out / "coverage.json"))
         if finished := workdir.finished:
             on_resume(finished)
-        tokens = 0 if calibration is None else calibration.tokens.size
-        expected = estimate(rules, shapes, tokens=tokens, itemsize=np.dtype(dtype).itemsize, mesh=mesh)
+        expected = estimate(
+            rules,
+            shapes,
+            load=None if calibration is None else _load(checkpoint.config, calibration, batch),
+            places=source.equivalences(),
+            itemsize=np.dtype(dtype).itemsize,
+            mesh=mesh,
+            target=out,
+            spill=spill,
+            finished=finished,
+        )
         on_estimate(expected)
-        expected.check(on_disk=spill)
+        expected.check(out)
         store = OnDisk(workdir.path) if spill else InMemory()
         try:
             coverage = quantize_blocks(
@@ -124,19 +138,37 @@ def quantize_checkpoint(
         }
         workdir.complete(
             describe(checkpoint.config, note=checkpoint.note, provenance=provenance, activations=workdir.activations()),
-            extra_files={
-                **tokenizer_files(checkpoint.tokenizer()),
-                "coverage.json": as_text(coverage.as_json()).encode(),
-            },
+            extra_files={**tokenizer, "coverage.json": as_text(coverage.as_json()).encode()},
         )
         workdir.publish(out)
     return coverage
 
 
-def in_batches(tokens: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Windows [n, window] as batches of one size. Raises InputError where they do not come out even."""
+def _load(config: ModelConfig, calibration: Windows, batch: int) -> Load:
+    return Load(
+        windows=len(calibration.tokens),
+        window=calibration.window,
+        batch=batch,
+        attention=config.num_heads * config.head_dim,
+        experts=config.experts_per_token,
+    )
+
+
+def _check_float(checkpoint: Checkpoint, rules: Mapping[str, Rule]) -> None:
+    for path in rules:
+        if path in checkpoint.quantized:
+            inputs = f", its inputs to {checkpoint.activations[path]}" if path in checkpoint.activations else ""
+            raise InputError(
+                f"{checkpoint.path}: layer {path} is quantized already{inputs}: start from the float model"
+            )
+
+
+def in_batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> list[np.ndarray]:
+    """Windows [n, window] as batches of one size. Raises InputError where they do not come out even, or on the mesh."""
     if batch < 1 or len(tokens) % batch:
         raise InputError(f"batch {batch} for {len(tokens)} calibration windows: it must divide them evenly")
+    if batch % (devices := axis_size(mesh, DATA)):
+        raise InputError(f"batch {batch} over data={devices}: it must be a multiple of {devices}")
     return list(tokens.reshape(-1, batch, tokens.shape[-1]))
 
 

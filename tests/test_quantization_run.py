@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jquant.cli import main
+from jquant.commands.options import calibration_batch
 from jquant.core.errors import InputError
 from jquant.data.blocks import text_windows
 from jquant.data.text import load_text
@@ -23,6 +25,7 @@ from jquant.io import native
 from jquant.models.checkpoint import open_checkpoint
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.preflight import Estimate
+from jquant.ptq.presets import Calibration
 from jquant.ptq.recipe import Recipe, Rule, Step
 from jquant.quantization_run import in_batches, quantize_checkpoint
 from tests.tiny_checkpoint import tiny_model, write
@@ -191,6 +194,34 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
     assert not (tmp_path / "q").exists()
 
 
+def test_a_run_that_cannot_fit_on_disk_is_refused_and_one_that_goes_on_needs_less(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jquant.ptq import workdir
+
+    heard: list[Estimate] = []
+    monkeypatch.setattr("jquant.ptq.preflight._free_disk", lambda target: 1 << 12)
+    with pytest.raises(InputError, match=r"q: the run writes .* on that disk: make room, or choose another --out"):
+        _run(source, tmp_path / "q", on_estimate=heard.append)
+    assert not (tmp_path / "q").exists()
+
+    def full(folder: Path, part: str, tensors: Any) -> Any:
+        if part == "block-0001":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return native.write_part(folder, part, tensors)
+
+    monkeypatch.setattr("jquant.ptq.preflight._free_disk", lambda target: heard[0].disk_bytes)
+    monkeypatch.setattr(workdir, "write_part", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        _run(source, tmp_path / "q")
+    monkeypatch.setattr(workdir, "write_part", native.write_part)
+    monkeypatch.setattr("jquant.ptq.preflight._free_disk", lambda target: heard[0].disk_bytes - 1)
+    _run(source, tmp_path / "q", on_estimate=heard.append)
+    assert heard[1].disk_bytes < heard[0].disk_bytes
+    held = sum(file.stat().st_size for file in (tmp_path / "q" / native.ARRAYS).rglob("*") if file.is_file())
+    assert heard[0].written_bytes > 0.5 * held
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -203,6 +234,17 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
         (["--method", "gptq", "--scheme", "int4:g32", "--window", "4096"], "512"),
         (["--scheme", "int4:g32", "--products", "bfloat16"], "no method of the recipe learns from data"),
         (["--recipe", "int2-g64-lsq"], "neither a file nor a preset of quantize"),
+        (["--method", "smoothquant", "--scheme", "int8:channel"], "quantizes no activations; say in which scheme"),
+        (["--method", "rtn@int4:token", "--scheme", "int4:g32"], "layer blocks.0.attn.k_proj: weights in int4:g32"),
+        (["--method", "smoothquant@int8:token", "--scheme", "int8:channel:asym"], "weights must be symmetric"),
+        (
+            ["--method", "awq", "--scheme", "int4:g32", "--layers", "q_proj"],
+            "awq on blocks.0.attn.q_proj: no norm or layer before it can take the scales up; let the rule, or "
+            "--layers, name all layers that read the same input (attn.q_proj, attn.k_proj, attn.v_proj)",
+        ),
+        (["--method", "awq", "--scheme", "int4:g32", "--layers", "lm_head"], "awq on head.lm_head: no norm"),
+        (["--method", "gptq", "--scheme", "int4:g32", "--batch", "3"], "batch 3 for 32 calibration windows"),
+        (["--method", "gptq", "--scheme", "int4:g32", "--batch", "64"], "batch 64 for 32 calibration windows"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -213,8 +255,92 @@ def test_the_command_says_what_is_wrong(
     except SystemExit as stop:
         code = stop.code
     assert code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert " ".join(message.split()) in " ".join(said.split())
+    assert "beyond compiling" not in said, "it was told what the run takes, and then refused"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("method", "inputs"), [("rtn", ""), ("rtn@int8:token", ", its inputs to int8:token")])
+def test_a_quantized_model_is_not_quantized_again(
+    method: str, inputs: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--scheme", "int8:channel", "--method", method, "--layers", "attn"]
+    assert main(["quantize", str(source), *words, "--out", str(tmp_path / "q")]) == 0
+    capsys.readouterr()
+    assert main(["quantize", str(tmp_path / "q"), "--scheme", "int4:g32", "--out", str(tmp_path / "r")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"layer blocks.0.attn.k_proj is quantized already{inputs}: start from the float model" in said
+    assert "beyond compiling" not in said
+    words = ["--scheme", "int4:g32", "--layers", "mlp"]  # what is still float may be
+    assert main(["quantize", str(tmp_path / "q"), *words, "--out", str(tmp_path / "s")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "s"]
+
+
+def test_a_checkpoint_without_tokenizer_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    def missing() -> Any:
+        raise InputError("no tokenizer")
+
+    checkpoint = dataclasses.replace(open_checkpoint(source), tokenizer_reader=missing)
+    recipe = Recipe(rules=(Rule(layers=(r"^blocks\.",), scheme="int4:g32"),))
+    with pytest.raises(InputError, match="no tokenizer"):
+        quantize_checkpoint(checkpoint, recipe, tmp_path / "q")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("windows", "devices", "least", "wanted"),
+    [
+        (32, 1, 8, 8),
+        (4, 1, 8, 4),
+        (12, 1, 8, 6),
+        (7, 1, 8, 7),
+        (11, 1, 8, 1),
+        (32, 1, 1, 1),
+        (16, 8, 1, 8),
+        (6, 2, 8, 6),
+    ],
+)
+def test_a_default_batch_divides_the_windows(
+    windows: int, devices: int, least: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.kernels.dispatch.on_cpu", lambda: least == 1)
+    mesh = None if devices == 1 else jax.sharding.AbstractMesh((devices,), ("data",))
+    assert calibration_batch(None, windows, mesh) == wanted  # type: ignore[arg-type]
+    assert calibration_batch(3, windows, mesh) == 3  # type: ignore[arg-type]
+
+
+def test_windows_that_do_not_divide_over_the_mesh_are_refused_with_numbers_that_do(source: Path) -> None:
+    eight = jax.sharding.AbstractMesh((8,), ("data",))
+    with pytest.raises(InputError, match=r"12 calibration windows over data=8: .*--calibration-windows 8 or 16, or"):
+        calibration_batch(None, 12, eight)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"--calibration-windows 8, or"):
+        calibration_batch(None, 4, eight)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"batch 4 over data=8: it must be a multiple of 8"):
+        in_batches(np.zeros((8, 4), np.int32), 4, eight)  # type: ignore[arg-type]
+
+
+def test_figures_asked_for_win_over_recommended_ones(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = Calibration(text="pydoc:calibration", windows=3, window=48)
+    monkeypatch.setattr("jquant.ptq.presets.RECOMMENDED", {"gptq": advice})
+    words = ["quantize", str(source), "--method", "gptq", "--scheme", "int4:g32", "--layers", "o_proj"]
+
+    def learned(out: str, *more: str) -> tuple[int, int]:
+        assert main([*words, "--out", str(tmp_path / out), *more]) == 0
+        text = json.loads((tmp_path / out / native.DESCRIPTION).read_text())["provenance"]["calibration"]
+        return text["windows"], text["window"]
+
+    assert learned("a", "--calibration", "recommended") == (3, 48)
+    assert "recommended" not in capsys.readouterr().err
+    assert learned("b", "--calibration", "recommended", "--calibration-windows", "2") == (2, 48)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "on 2 windows of 48 tokens of pydoc:calibration, as asked for; recommended are 3 of 48" in said
+    assert learned("c", "--calibration", "recommended", "--window", "32", "--calibration-windows", "3") == (3, 32)
+    assert learned("d", "--calibration-windows", "2") == (2, 512)
 
 
 _KILLER = """

@@ -6,11 +6,11 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from jquant.commands.options import default_batch, refuse_calibration_text
+from jquant.commands.options import calibration_batch, default_batch, refuse_calibration_text
 from jquant.commands.terminal import new_console, progress_bar
 from jquant.core.errors import InputError
 from jquant.models.export_config import ConvertConfig, ExportConfig
-from jquant.ptq.config import QuantizeConfig
+from jquant.ptq.config import WINDOW, WINDOWS, QuantizeConfig
 from jquant.qat.command import QATCommand
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def quantize_command(config: QuantizeConfig) -> None:
             recipe,
             config.out,
             calibration=windows,
-            batch=default_batch(config.batch, mesh),
+            batch=1 if windows is None else calibration_batch(config.batch, len(windows.tokens), mesh),
             dtype=config.dtype,
             products=config.products,
             spill=config.spill,
@@ -78,12 +78,19 @@ def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
     """The windows that the recipe learns from."""
     from jquant.data.blocks import text_windows
     from jquant.data.text import load_text
-    from jquant.ptq.presets import recommended
+    from jquant.ptq.presets import Calibration, recommended
 
-    source, count, window = config.calibration, config.calibration_windows, config.window
-    if source == "recommended":
-        advice = recommended(recipe)
-        source, count, window = advice.text, advice.windows, advice.window
+    advised = config.calibration == "recommended"
+    advice = recommended(recipe) if advised else Calibration(text=config.calibration, windows=WINDOWS, window=WINDOW)
+    source = advice.text
+    count = advice.windows if config.calibration_windows is None else config.calibration_windows
+    window = advice.window if config.window is None else config.window
+    if advised and (count, window) != (advice.windows, advice.window):
+        new_console(stderr=True).print(
+            f"calibrating on {count} windows of {window} tokens of {source}, as asked for; recommended are "
+            f"{advice.windows} of {advice.window}",
+            highlight=False,
+        )
     windows = text_windows(load_text(source), tokenizer, window=window, limit=count)
     if len(windows.tokens) < count:
         raise InputError(

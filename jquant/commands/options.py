@@ -38,6 +38,27 @@ def default_batch(batch: int | None, mesh: Mesh | None = None) -> int:
     return -(-least // devices) * devices if batch is None else batch
 
 
+def calibration_batch(batch: int | None, windows: int, mesh: Mesh | None = None) -> int:
+    """As `default_batch`, where each batch must be full: of itself it is the largest that divides the windows.
+
+    Raises:
+        InputError: windows do not divide over the mesh.
+    """
+    from jquant.nn.mesh import DATA, axis_size
+
+    devices = axis_size(mesh, DATA)
+    if batch is None and windows % devices:
+        fewer, more = windows // devices * devices, -(-windows // devices) * devices
+        raise InputError(
+            f"{windows} calibration windows over data={devices}: each device takes as many: give --calibration-windows "
+            f"{f'{fewer} or {more}' if fewer else more}, or a --mesh with fewer devices along data"
+        )
+    if batch is not None:
+        return batch
+    sizes = range(devices, default_batch(None, mesh) + 1, devices)
+    return max(size for size in sizes if windows % size == 0)
+
+
 def refuse_calibration_text(checkpoint: Checkpoint, text: Text) -> None:
     if checkpoint.calibration_sha256 == text.sha256:
         raise InputError(

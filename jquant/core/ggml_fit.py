@@ -17,6 +17,7 @@ from jaxtyping import Array, Float32
 
 Nearest = Callable[[Array], Array]
 
+POLISH = 2  # steps of `best_scale_and_minimum` from the best that its starts led to
 _TINIEST = np.float32(2.0**-100)  # groups below it count as zeros; f16 scales end at 2^-24 anyway
 
 
@@ -58,7 +59,7 @@ def best_scale_and_minimum(
     top: int,
     targets: np.ndarray,
     *,
-    polish: int = 2,
+    polish: int = POLISH,
 ) -> tuple[Float32[Array, "*s groups"], Float32[Array, "*s groups"]]:
     """The s ≥ 0 and m ≥ 0 of least Σ w (x − s·q + m)², codes q from 0 to `top`.
 

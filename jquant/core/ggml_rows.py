@@ -16,9 +16,14 @@ from jquant.core.errors import InputError
 from jquant.core.formats import GGMLBlock
 from jquant.core.ggml_decode import decode, halved_ue4m3
 from jquant.core.ggml_encode import EXACT
-from jquant.core.ggml_search import SEARCHED
+from jquant.core.ggml_search import SEARCHED, TRIES
 
 CHUNK = 1 << 16  # elements searched at a time: with what a step of the search makes of them they stay in cache
+
+
+def searches(block: GGMLBlock) -> int:
+    """How often `encode_rows` rounds an element while it searches, without importance."""
+    return 0 if block.name in EXACT else TRIES[block.name]
 
 
 @partial(jax.jit, static_argnames="block")  # outside jit a call would compile its loop anew, and each small step

@@ -23,14 +23,16 @@ from jaxtyping import Array, Float32, UInt8
 
 from jquant.core.formats import IQ4_NL_LEVELS, code_of_whole_float, select_by_order
 from jquant.core.ggml_encode import to_half
-from jquant.core.ggml_fit import best_minimum, best_multiple, best_scale, best_scale_and_minimum
+from jquant.core.ggml_fit import POLISH, best_minimum, best_multiple, best_scale, best_scale_and_minimum
 
 Columns = Float32[Array, "elements blocks"]
 Bytes = UInt8[Array, "bytes blocks"]
 SearchingEncoder = Callable[[Array, Array | None], Array]
 
+_STARTS, _SIGNED_STARTS = 21, 19  # of a search for scale and minimum, and for a scale alone
 _IQ4_NL = np.asarray(IQ4_NL_LEVELS, np.float32)
 _IQ4_NL_MIDPOINTS = (_IQ4_NL[1:] + _IQ4_NL[:-1]) / 2
+_IQ4_NL_TARGETS = np.concatenate([end + np.arange(-7, 8, dtype=np.float32) for end in _IQ4_NL[[0, -1]]])
 
 
 def q4_0(x: Columns, weights: Columns | None) -> Bytes:
@@ -59,8 +61,7 @@ def q5_1(x: Columns, weights: Columns | None) -> Bytes:
 
 def iq4_nl(x: Columns, weights: Columns | None) -> Bytes:
     """x ≈ d · level(q). The levels are uneven at their ends, so that the sign of d matters: both are tried."""
-    targets = np.concatenate([_IQ4_NL[0] + np.arange(-7, 8), _IQ4_NL[-1] + np.arange(-7, 8)])
-    scale = best_scale(x, weights, _nearest_iq4_nl, targets.astype(np.float32))
+    scale = best_scale(x, weights, _nearest_iq4_nl, _IQ4_NL_TARGETS)
     d = to_half(scale)
     y = x * _inverse(d.astype(jnp.float32))
     codes = select_by_order(y, _IQ4_NL_MIDPOINTS, np.arange(16, dtype=np.uint8))
@@ -112,6 +113,14 @@ SEARCHED: dict[str, SearchingEncoder] = {
     "q5_k": q5_k,
     "q6_k": q6_k,
     "iq4_nl": iq4_nl,
+}
+
+
+# How often each rounds an element while it searches.
+TRIES = {
+    **dict.fromkeys(("q4_1", "q5_1", "q2_k", "q4_k", "q5_k"), _STARTS + POLISH),
+    **dict.fromkeys(("q4_0", "q5_0", "q3_k", "q6_k"), _SIGNED_STARTS),
+    "iq4_nl": len(_IQ4_NL_TARGETS),
 }
 
 
@@ -190,12 +199,12 @@ def _nearest_iq4_nl(y: Array) -> Array:
 
 def _targets(top: int) -> np.ndarray:
     """What the largest element starts from, in units of the scale."""
-    return (top + np.linspace(-1.0, 1.0, 21)).astype(np.float32)
+    return (top + np.linspace(-1.0, 1.0, _STARTS)).astype(np.float32)
 
 
 def _signed_targets(half: int) -> np.ndarray:
     """What the element of largest magnitude starts from: the code without a counterpart, or near it."""
-    return -(half + np.linspace(-0.9, 0.9, 19)).astype(np.float32)
+    return -(half + np.linspace(-0.9, 0.9, _SIGNED_STARTS)).astype(np.float32)
 
 
 def _split(x: Array, size: int) -> Array:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jquant.core.errors import InputError
-from jquant.core.formats import GGML_BLOCKS
+from jquant.core.formats import GGML_BLOCKS, GGMLBlock
 from jquant.core.qtensor import QTensor, in_blocks
 from jquant.io.gguf import GGUFFile, open_gguf
 from jquant.io.tokenizer_gguf import tokenizer_from_gguf
 from jquant.models.checkpoint import Checkpoint
-from jquant.models.checkpoint_readers import DERIVED, read_config, readers_of, sha256_of
+from jquant.models.checkpoint_readers import DERIVED, layers_of, read_config, readers_of, sha256_of
 from jquant.models.config import ModelConfig
 from jquant.models.families import config_from_gguf
 from jquant.models.tensor_names import gguf_tensors
@@ -48,17 +48,24 @@ def open_gguf_checkpoint(name: str, path: Path) -> Checkpoint:
     packed = readers_of(names, table, partial(_blocks_or_floats, file), config, path)
     kept = {ours: reader for ours, reader in packed.items() if _PACKABLE.search(ours)}
     note = _gguf_note(file, "read as they are: losses here are theirs, with no comparison")
-    form = dataclasses.replace(decoded, note=note, readers=decoded.readers | kept)
+    quantized = frozenset(
+        layer for name in names if _block_of(file, name) is not None for layer in layers_of(name, table)
+    )
+    form = dataclasses.replace(decoded, note=note, readers=decoded.readers | kept, quantized=quantized)
     return dataclasses.replace(decoded, packed_form=form)
 
 
 def _blocks_or_floats(file: GGUFFile, name: str) -> np.ndarray | QTensor:
     """The tensor in the blocks of its file; decoded where it is a vector or no quantized type."""
-    info = file.tensors[name]
-    block = _BLOCKS.get(info.type)
-    if block is None or len(info.shape) < 2:
+    block = _block_of(file, name)
+    if block is None:
         return file.read(name)
-    return in_blocks(jnp.asarray(file.read_blocks(name)), block, columns=info.shape[-1])
+    return in_blocks(jnp.asarray(file.read_blocks(name)), block, columns=file.tensors[name].shape[-1])
+
+
+def _block_of(file: GGUFFile, name: str) -> GGMLBlock | None:
+    info = file.tensors[name]
+    return _BLOCKS.get(info.type) if len(info.shape) > 1 else None
 
 
 def _with_rope_divisors(config: ModelConfig, file: GGUFFile) -> ModelConfig:

@@ -17,7 +17,7 @@ from jquant.io.hf_directory import HFDirectory, open_hf_directory
 from jquant.io.json_file import read_json_if_there
 from jquant.io.tokenizer import tokenizer_from_json
 from jquant.models.checkpoint import EXPORT_RECORD, Checkpoint
-from jquant.models.checkpoint_readers import DERIVED, NUMBER, Reader, read_config, readers_of, sha256_of
+from jquant.models.checkpoint_readers import DERIVED, NUMBER, Reader, layers_of, read_config, readers_of, sha256_of
 from jquant.models.families import config_from_hf
 from jquant.models.packed_hf import PackedLayers, packed_layers
 from jquant.models.tensor_names import Table, hf_tensors
@@ -32,11 +32,12 @@ def open_hf_checkpoint(name: str, path: Path) -> Checkpoint:
     tied_copy = "lm_head.weight" if config.tie_embeddings else None
     names = [tensor for tensor in folder.tensors if not DERIVED.fullmatch(tensor) and tensor != tied_copy]
     table, read = hf_tensors(config.architecture), folder.read
-    packed, activations = None, {}
+    packed, activations, quantized = None, {}, frozenset[str]()
     if folder.config.get("quantization_config") is not None:
         packed = packed_layers(folder)
         weights = {f"{layer}.weight": layer for layer in packed.readers}
         names = [*(tensor for tensor in names if tensor not in packed.tensors), *weights]
+        quantized = frozenset(ours for weight in weights for ours in layers_of(weight, table))
         read = partial(_packed_or_float, packed, weights, folder)
     readers = readers_of(names, table, read, config, path)
     if packed is not None:
@@ -51,6 +52,7 @@ def open_hf_checkpoint(name: str, path: Path) -> Checkpoint:
         weights_sha256=partial(sha256_of, tuple(file.path for file in folder.files)),
         tokenizer_reader=lambda: tokenizer_from_json(path),
         activations=activations,
+        quantized=quantized,
         provenance=_exported(path),
     )
 
@@ -67,8 +69,7 @@ def _inputs(packed: PackedLayers, table: Table, path: Path) -> tuple[dict[str, R
     activations: dict[str, str] = {}
     for layer, activation in packed.activations.items():
         numbers = NUMBER.findall(f"{layer}.")
-        for template, _ in table[NUMBER.sub("{}", f"{layer}.weight")]:
-            owner = template.format(*numbers[:1]).removesuffix(".weight")
+        for owner in layers_of(f"{layer}.weight", table):
             if activations.setdefault(owner, str(activation)) != str(activation):
                 raise InputError(f"{path}: inputs of {owner}'s experts are quantized in different ways")
             if not isinstance(activation.granularity, Tensor):

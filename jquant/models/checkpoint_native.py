@@ -26,6 +26,11 @@ def open_native_checkpoint(name: str, path: Path) -> Checkpoint:
         weights_sha256=lambda: opened.sha256,
         tokenizer_reader=lambda: tokenizer_from_json(path),
         activations=_activations(opened.description, path),
+        quantized=frozenset(
+            tensor.removesuffix(".weight")
+            for tensor, entry in opened.description["tensors"].items()
+            if "scheme" in entry
+        ),
         calibration_sha256=_calibration(opened.description),
         provenance=_provenance(opened.description),
     )

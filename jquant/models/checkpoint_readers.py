@@ -96,6 +96,12 @@ def readers_of(
     return readers
 
 
+def layers_of(weight: str, table: Table) -> list[str]:
+    """The decoder's layers whose weight a tensor is, or is a part of; none where it has no place."""
+    number = NUMBER.findall(weight)[:1]
+    return [template.format(*number).removesuffix(".weight") for template, _ in table.get(NUMBER.sub("{}", weight), ())]
+
+
 def _transformed(
     read: Callable[[str], np.ndarray | QTensor], tensor: str, transform: Transform, config: ModelConfig, what: str
 ) -> np.ndarray | QTensor:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.nn.convolution import QuantizedConv, patches
-from jquant.nn.linear import ExpertLinear, Linear, QuantizedLinear
+from jquant.nn.linear import ExpertLinear, Linear, Quantized, QuantizedLinear
 from jquant.nn.surgery import Path, named_modules
 
 Layer = Linear | ExpertLinear | nnx.Linear | nnx.Conv
@@ -78,6 +78,12 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
         return tuple(layer.weight.get_value().shape)
     *space, out = layer.kernel.get_value().shape
     return out, math.prod(space)
+
+
+def packed_paths(model: nnx.Module) -> list[Path]:
+    """Of all layers whose weights are packed."""
+    modules = nnx.iter_graph(model)
+    return [".".join(map(str, path)) for path, each in modules if isinstance(getattr(each, "weight", None), Quantized)]
 
 
 def layer_shapes(model: Any) -> dict[Path, tuple[int, ...]]:

@@ -33,15 +33,20 @@ def select(paths: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
     """
     chosen: set[Path] = set()
     for pattern in patterns:
-        try:
-            matching = {path for path in paths if re.search(pattern, path)}
-        except re.error as error:
-            raise InputError(f"layer pattern '{pattern}' is no regular expression: {error}") from None
+        matching = matches(pattern, paths)
         if not matching:
             shown = ", ".join(paths[:8]) + (", …" if len(paths) > 8 else "")
             raise InputError(f"layer pattern '{pattern}' matches nothing; there are {len(paths)} layers: {shown}")
-        chosen |= matching
+        chosen.update(matching)
     return [path for path in paths if path in chosen]
+
+
+def matches(pattern: str, paths: Sequence[Path]) -> list[Path]:
+    """The paths in which a regular expression is found. Raises InputError where it is none."""
+    try:
+        return [path for path in paths if re.search(pattern, path)]
+    except re.error as error:
+        raise InputError(f"layer pattern '{pattern}' is no regular expression: {error}") from None
 
 
 def first_matches(rules: Sequence[Sequence[str]], paths: Sequence[Path]) -> dict[Path, int]:

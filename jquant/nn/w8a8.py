@@ -193,6 +193,13 @@ def multipliable(weight: Scheme, activation: Scheme, inputs: int) -> bool:
     return _objection(weight, activation, inputs) is None
 
 
+def check_multipliable(weight: Scheme, activation: Scheme, inputs: int) -> None:
+    """Raises InputError where they cannot."""
+    objection = _objection(weight, activation, inputs)
+    if objection is not None:
+        raise InputError(f"weights in {weight} with activations in {activation}: {objection}")
+
+
 def _objection(weight: Scheme, activation: Scheme, inputs: int) -> str | None:
     integers = [isinstance(scheme.element, IntElement) for scheme in (weight, activation)]
     floats = [scheme.block is None and scheme.element.name in _DTYPES for scheme in (weight, activation)]
@@ -209,11 +216,8 @@ def _objection(weight: Scheme, activation: Scheme, inputs: int) -> str | None:
 
 
 def _check(weight: QTensor, activation: Scheme, scale: object | None, zero_point: object | None) -> None:
-    pair = f"weights in {weight.scheme} with activations in {activation}"
-    objection = _objection(weight.scheme, activation, weight.matrix_shape[1])
-    if objection is not None:
-        raise InputError(f"{pair}: {objection}")
-    check_static(pair, activation, scale, zero_point)
+    check_multipliable(weight.scheme, activation, weight.matrix_shape[1])
+    check_static(f"weights in {weight.scheme} with activations in {activation}", activation, scale, zero_point)
 
 
 def check_static(pair: str, activation: Scheme, scale: object | None, zero_point: object | None) -> None:

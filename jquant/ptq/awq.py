@@ -17,6 +17,7 @@ expert has an r of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,9 +39,10 @@ from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.product import PRECISION
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at
-from jquant.ptq import gptq, layer_programs
+from jquant.ptq import gptq, gptq_factor, layer_programs
+from jquant.ptq.cost import Cost, rounding, square_error
 from jquant.ptq.fold import Rewrite, fold, fold_gram, per_channel, weight_at
-from jquant.ptq.trial import Arguments, output_errors, some_inputs
+from jquant.ptq.trial import Arguments, Outline, output_errors, some_inputs
 
 UNCLIPPED = ("q_proj", "k_proj")  # layers whose output meets a softmax, where clipping does harm (SPEC 5)
 
@@ -113,7 +115,7 @@ def rewrite(
     for place in places:
         first = place.consumers[0]
         inside = place.parent in place.consumers
-        solved = not any(path in rounded for path in place.consumers) and seen.grams[first].matrix.ndim == 2
+        solved = _is_solved(place, rounded, stacked=seen.grams[first].matrix.ndim > 2)
         found = search(
             block,
             place,
@@ -128,13 +130,47 @@ def rewrite(
         folded: Gram = _fold_gram(seen.grams[first], found.scales)
         grams |= dict.fromkeys(place.consumers, folded)
         rewrites.append(found)
-    clipped = {"rounded": rounded, "all": schemes, "none": ()}[config.clip]
-    for path in clipped:
-        if not path.endswith(UNCLIPPED):
-            layer: Any = module_at(block, path)
-            better = clip_search(weight_at(block, path), grams[path], schemes[path], config=config)
-            layer.weight.set_value(better.weight)
+    for path in _clipped(schemes, rounded, config):
+        layer: Any = module_at(block, path)
+        better = clip_search(weight_at(block, path), grams[path], schemes[path], config=config)
+        layer.weight.set_value(better.weight)
     return rewrites, grams
+
+
+def cost(work: Outline, config: AWQConfig) -> Cost:
+    """Of `rewrite`."""
+    total = Cost()
+    for place in work.places:
+        shapes = work.consumers(place)
+        errors = sum(map(square_error, shapes), Cost())
+        if _is_solved(place, work.rounded, stacked=len(shapes[0]) > 2):
+            solving = (gptq.cost(work.shapes[path], work.schemes[path], gptq.GPTQConfig()) for path in place.consumers)
+            each = sum((*solving, *map(gptq_factor.cost, shapes)), errors)
+            total += each * (config.solved_grid + 1)
+        elif place.parent in place.consumers:
+            total += (errors + work.rounding(place)) * (config.grid + 1)
+        else:
+            output = work.output(place, config.search_tokens)
+            total += (output + work.rounding(place)) * (config.grid + 1) + output
+    for path in _clipped(work.schemes, work.rounded, config):
+        shape, scheme = work.shapes[path], work.schemes[path]
+        products = Cost(operations=2 * math.prod(shape) * scheme.tile(*shape[-2:])[1])
+        total += (products + rounding(shape, scheme) * 2) * _clip_tries(config)
+    return total
+
+
+def _is_solved(place: Equivalence, rounded: Collection[Path], *, stacked: bool) -> bool:
+    """Whether GPTQ follows at all consumers, and candidates are tried with it; for experts they are not."""
+    return not stacked and not any(path in rounded for path in place.consumers)
+
+
+def _clipped(schemes: Mapping[Path, Scheme], rounded: Collection[Path], config: AWQConfig) -> list[Path]:
+    chosen = {"rounded": rounded, "all": schemes, "none": ()}[config.clip]
+    return [path for path in chosen if not path.endswith(UNCLIPPED)]
+
+
+def _clip_tries(config: AWQConfig) -> int:
+    return max(1, int(config.max_shrink * config.clip_grid))
 
 
 _fold_gram = jax.jit(fold_gram)
@@ -308,8 +344,7 @@ def _clip_search(w: Array, matrix: Array, scheme: Scheme, config: AWQConfig) -> 
         return jnp.where(better, bound, best[0]), jnp.where(better, found, best[1])
 
     first = error(largest)
-    count = max(1, int(config.max_shrink * config.clip_grid))
-    bound, least = jax.lax.fori_loop(1, count, step, (largest, first))
+    bound, least = jax.lax.fori_loop(1, _clip_tries(config), step, (largest, first))
     clipped = from_tiles(jnp.clip(tiles, -spread(bound), spread(bound)), shape)
     weighted = jnp.einsum("...atbc,...bcd->...atbd", tiles, blocks, precision=PRECISION)
     total = jnp.sum(weighted * tiles, axis=(-4, -3, -2, -1))

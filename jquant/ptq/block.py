@@ -43,6 +43,7 @@ from jquant.ptq.solver import Solution, check_finite
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
 
 _SIDE_BY_SIDE = 2048**2  # entries of Gram matrices up to which a group's layers are solved so: their memory adds up
+MASKED_EXPERTS = "masks do not reach experts; give batches without padding"
 
 
 class Solved(NamedTuple):
@@ -140,6 +141,25 @@ def rule_needs_data(rule: Rule) -> bool:
     return bool(rule.transforms) or SOLVERS[rule.method.name].needs_gram or static
 
 
+def fitting_places(
+    step: Step, wanted: Sequence[Path], places: Sequence[Equivalence], prefix: str = ""
+) -> list[Equivalence]:
+    """The places of a block all of whose consumers ask for a transform.
+
+    Raises:
+        InputError: there is none; the message names a layer, and what belongs together.
+    """
+    fitting = [place for place in places if all(path in wanted for path in place.consumers)]
+    if not fitting:
+        partly = [place for place in places if any(path in wanted for path in place.consumers)]
+        together = f" ({', '.join(partly[0].consumers)})" if partly else ""
+        raise InputError(
+            f"{step.name} on {prefix}{wanted[0]}: no norm or layer before it can take the scales up; let the rule, or "
+            f"--layers, name all layers that read the same input{together}, or leave the transform out"
+        )
+    return fitting
+
+
 def _transform(
     block: nnx.Module, rules: Mapping[Path, Rule], data: Data | None, places: Sequence[Equivalence], prefix: str
 ) -> list[TransformReport]:
@@ -148,12 +168,7 @@ def _transform(
     reports: list[TransformReport] = []
     for step in steps:
         wanted = [path for path, rule in rules.items() if step in rule.transforms]
-        fitting = [place for place in places if all(path in wanted for path in place.consumers)]
-        if not fitting:
-            raise InputError(
-                f"{step.name} on {prefix}{wanted[0]}: no norm or layer before it can take the scales up; "
-                "a rule must name all layers that read the same input, or leave the transform out"
-            )
+        fitting = fitting_places(step, wanted, places, prefix)
         assert data is not None
         apply, config = TRANSFORMS[step.name].apply, configured(TRANSFORMS, step.name, step.options)
         schemes = {path: (rules[path].scheme or "", rules[path].activation) for path in wanted}
@@ -220,7 +235,7 @@ def _factorized(
 def _no_mask(mask: jax.Array | None, what: str, rows: object = None) -> None:
     """Of experts, whose rows come in an order of their own."""
     if mask is not None:
-        raise InputError(f"{what}: masks do not reach experts; give batches without padding")
+        raise InputError(f"{what}: {MASKED_EXPERTS}")
 
 
 def _mask_of(mask: jax.Array | None, what: str, rows: jax.Array) -> jax.Array | None:
@@ -247,7 +262,10 @@ def _solve_layer(
 ) -> tuple[nnx.Module, Solution, Callable[[float], LayerReport]]:
     """Solves one layer and puts the decoded weight into it; the report is for later, it waits."""
     layer, scheme = module_at(block, path), parse_scheme(rule.scheme or "")
-    weight = weight_matrix(layer)
+    try:
+        weight = weight_matrix(layer)
+    except InputError as error:
+        raise InputError(f"layer {prefix}{path}: {error}") from error
     check_finite(weight, prefix + path)
     try:
         solution = solve(weight, statistics, scheme, rule, factors=factors)
@@ -335,9 +353,7 @@ def solve(
 def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Data | None) -> nnx.Module:
     if rule.activation is None:
         return packed_layer(layer, weight)
-    if not isinstance(layer, Linear | ExpertLinear):
-        raise InputError(f"activations in {rule.activation}: only decoders' linear layers can quantize their inputs")
-    activation = parse_scheme(rule.activation)
+    layer, activation = check_input_layer(layer, rule.activation), parse_scheme(rule.activation)
     if not isinstance(activation.granularity, Tensor):
         return w8a8_layer(layer, weight, activation=activation)
     assert data is not None
@@ -350,6 +366,13 @@ def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Da
     lowest, highest = jnp.min(jnp.stack([r[0] for r in ranges])), jnp.max(jnp.stack([r[1] for r in ranges]))
     scale, zero = static_parameters(lowest, highest, activation)
     return w8a8_layer(layer, weight, activation=activation, input_scale=scale, input_zero_point=zero)
+
+
+def check_input_layer(layer: nnx.Module, activation: str) -> Linear | ExpertLinear:
+    """The layer. Raises InputError where it is of a kind that cannot quantize its input."""
+    if not isinstance(layer, Linear | ExpertLinear):
+        raise InputError(f"activations in {activation}: only decoders' linear layers can quantize their inputs")
+    return layer
 
 
 @jax.jit

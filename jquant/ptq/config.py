@@ -12,6 +12,8 @@ from jquant.core.errors import InputError
 from jquant.core.options import Names
 from jquant.io.process_options import ProcessOptions
 
+WINDOWS, WINDOW = 32, 512  # of calibration text, and tokens in each, where nothing is asked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
@@ -32,12 +34,12 @@ class QuantizeConfig:
     """With `scheme`: regular expressions of the layers to quantize."""
     calibration: str = "pydoc:calibration"
     """What methods learn from: a file, a folder, the name of a text, or `recommended`: the guide's choice."""
-    calibration_windows: int = 32
-    """How many windows of it, from its start."""
-    window: int = 512
-    """Tokens in a window."""
+    calibration_windows: int | None = None
+    """How many windows of it, from its start; by default 32, or what is recommended where that is asked for."""
+    window: int | None = None
+    """Tokens in a window; by default 512, or what is recommended."""
     batch: int | None = None
-    """Windows a forward pass; by default 1 on CPU, 8 elsewhere."""
+    """Windows a forward pass, which divide the windows; by default 1 on CPU, up to 8 elsewhere."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations, and of the tensors that stay unquantized."""
     products: Literal["float32", "bfloat16"] = "float32"
@@ -56,5 +58,5 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.scheme is None):
             raise InputError("give either --recipe NAME|FILE, or --scheme SPEC (with --method)")
-        if self.calibration_windows < 1:
+        if self.calibration_windows is not None and self.calibration_windows < 1:
             raise InputError(f"calibration-windows {self.calibration_windows}: at least 1")

@@ -15,6 +15,7 @@ be shorter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,10 +29,12 @@ from jquant.calib.gram import Gram
 from jquant.core import packing
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
+from jquant.core.range_search import RangeSearch, count_of_tries
 from jquant.core.scales import NestedScale, outer_scale
 from jquant.core.scheme import Scheme
 from jquant.kernels import dispatch
 from jquant.ptq.cholesky import inverse_upper
+from jquant.ptq.cost import Cost, Shape, rounding, square_error
 from jquant.ptq.gptq_columns import alive, columns_of, ordered, ordered_copy
 from jquant.ptq.gptq_factor import Factor, GPTQConfig, factorize, traced_factorization
 from jquant.ptq.gptq_levels import levels_of, padded_group
@@ -90,6 +93,14 @@ def solve_schemes(
         if len(some) > 1:  # else it has a program already
             found |= dict(zip(some, _solve_several(w, factor, some, config, way), strict=True))
     return [found[each] if each in found else solve_with(w, factor, each, config=config) for each in schemes]
+
+
+def cost(shape: Shape, scheme: Scheme, config: GPTQConfig) -> Cost:
+    """Of `solve_with`. Of ranges weighted by the output most searches end early."""
+    tries = 0 if config.range == "minmax" else count_of_tries(RangeSearch())
+    each = {"minmax": 0.0, "mse": 2.0, "output": 0.7}[config.range]
+    roundings = Cost(roundings=(4 + each * tries) * math.prod(shape))
+    return square_error(shape) + rounding(shape, scheme) + roundings
 
 
 def _check(w: Array, factor: Factor, scheme: Scheme) -> None:

@@ -17,6 +17,7 @@ Each group keeps the best of its iterates, the first of which is rounding to nea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +33,7 @@ from jquant.core.formats import Int
 from jquant.core.qtensor import Parameters, choose_parameters, dequantize, quantize_with
 from jquant.core.scheme import Scheme
 from jquant.core.tiles import spread, to_tiles
+from jquant.ptq.cost import Cost, Shape, rounding
 from jquant.ptq.solver import Solution, output_loss
 
 
@@ -69,6 +71,11 @@ def solve(w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, confi
     if scheme.zero_point != "integer":
         raise InputError(f"HQQ to {scheme}: {_advice(scheme)}")
     return _solve(w, gram, scheme, HQQConfig() if config is None else config)
+
+
+def cost(shape: Shape, scheme: Scheme, config: HQQConfig) -> Cost:
+    """Of `solve`: a turn takes two powers, which are slow."""
+    return rounding(shape, scheme) + Cost(roundings=32 * config.turns * math.prod(shape))
 
 
 def _advice(scheme: Scheme) -> str:

@@ -25,6 +25,7 @@ from jquant.io.freed_memory import return_freed_memory
 from jquant.kernels.dispatch import quick_compilation
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
+from jquant.nn.matrices import layer_shapes, packed_paths
 from jquant.nn.placement import batch_sharding, copied, place_module, spread_batch
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
@@ -33,7 +34,7 @@ from jquant.ptq.ahead import Ahead
 from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_data, solve
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
 from jquant.ptq.data import Data, Products
-from jquant.ptq.recipe import Recipe, Rule, assign
+from jquant.ptq.recipe import Recipe, Rule, assign, refuse_packed
 from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules
 from jquant.ptq.solver import check_finite
 from jquant.ptq.source import ModelSource, Source
@@ -113,6 +114,7 @@ def quantize_model(
             that there is not, or of bfloat16 and the model is no decoder.
     """
     store = InMemory() if store is None else store
+    refuse_packed(recipe, list(layer_shapes(model)), packed_paths(model))
     if not all(hasattr(model, part) for part in ("embed", "blocks", "head")):
         if products != "float32":
             raise InputError(f"products of {products}: only layers of a decoder multiply in it; leave it at float32")
@@ -158,7 +160,7 @@ def quantize_blocks(
     started = time.perf_counter()
     shapes = source.shapes()
     rules = assign(recipe, list(shapes))
-    check_rules(rules, shapes, batches is not None)
+    check_rules(rules, shapes, batches is not None, places=source.equivalences(), masked=masks is not None)
     check_products(products, rules)
     needs_data = any(map(rule_needs_data, rules.values()))
     if needs_data and (not batches or np.shape(batches[0])[-1] < 2):

@@ -20,7 +20,7 @@ from typing import Any
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme as parse_scheme
-from jquant.nn.surgery import Path, first_matches
+from jquant.nn.surgery import Path, first_matches, matches
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.transforms import TRANSFORMS, configured
 
@@ -72,6 +72,12 @@ class Rule:
         _checked(lambda step: configured(SOLVERS, step.name, step.options), self.method, what)
         for transform in self.transforms:
             _checked(lambda step: configured(TRANSFORMS, step.name, step.options), transform, what)
+            if TRANSFORMS[transform.name].needs_activation and self.activation is None:
+                raise InputError(
+                    f"{what}: {transform.name} moves difficulty from activations to weights, and the rule quantizes no "
+                    f"activations; say in which scheme, as {transform.name}@int8:token or, in a rule, activation: "
+                    "int8:token"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +156,13 @@ def assign(recipe: Recipe, paths: Sequence[Path]) -> dict[Path, Rule]:
     if not chosen:
         raise InputError("the recipe leaves every layer alone; give a rule with a scheme")
     return chosen
+
+
+def refuse_packed(recipe: Recipe, floats: Sequence[Path], packed: Sequence[Path]) -> None:
+    """Raises InputError where a pattern matches layers that are quantized already, and no other."""
+    for pattern in (pattern for rule in recipe.rules if rule.scheme is not None for pattern in rule.layers):
+        if not matches(pattern, floats) and (found := matches(pattern, packed)):
+            raise InputError(f"layer {found[0]} is quantized already: start from the float model")
 
 
 def _rule_as_json(rule: Rule) -> dict[str, Any]:

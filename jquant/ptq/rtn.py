@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from jquant.calib.gram import Gram
 from jquant.core.config_check import check_fields
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize, quantize, quantize_with
-from jquant.core.range_search import search_parameters
+from jquant.core.range_search import RangeSearch, count_of_tries, search_parameters
 from jquant.core.scheme import Scheme
 from jquant.core.tiles import to_tiles
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
 from jquant.nn.surgery import named_modules, replace, select
+from jquant.ptq.cost import Cost, Shape, rounding
 from jquant.ptq.solver import Solution, check_finite, output_loss
 
 BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the output projection stay as they are
@@ -61,6 +63,12 @@ def _solve(w: Array, gram: Gram | None, scheme: Scheme, config: RTNConfig) -> So
         q = quantize(w, scheme)
     loss = output_loss(w, dequantize(q, jnp.float32), gram)
     return Solution(q, loss, damping=jnp.float32(0), fallback=jnp.bool_(False))
+
+
+def cost(shape: Shape, scheme: Scheme, config: RTNConfig) -> Cost:
+    """Of `solve`: two roundings a range that is tried."""
+    tries = count_of_tries(RangeSearch()) if config.range == "mse" else 0
+    return rounding(shape, scheme) + Cost(roundings=2 * tries * math.prod(shape))
 
 
 def quantize_layers(model: nnx.Module, scheme: Scheme, *, layers: Sequence[str] = BLOCKS) -> list[str]:

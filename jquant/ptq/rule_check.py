@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -10,17 +10,34 @@ import jax
 from jquant.calib.gram import Gram
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
+from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path
+from jquant.nn.w8a8 import check_multipliable
 from jquant.ptq.ahead import traced_solver
-from jquant.ptq.block import rule_needs_data, solve
+from jquant.ptq.block import MASKED_EXPERTS, fitting_places, rule_needs_data, solve
 from jquant.ptq.data import Products
 from jquant.ptq.recipe import Rule
 
 EMBEDDING = "embed"
 
 
-def check_rules(rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...]], has_data: bool) -> None:
-    """Raises InputError naming layer and rule where one cannot be done; nothing is computed."""
+def check_rules(
+    rules: Mapping[Path, Rule],
+    shapes: Mapping[Path, tuple[int, ...]],
+    has_data: bool,
+    *,
+    places: Sequence[Equivalence] = (),
+    masked: bool = False,
+) -> None:
+    """Raises InputError naming layer and rule where one cannot be done; nothing is computed.
+
+    Args:
+        rules: of the layers that are to be quantized.
+        shapes: of their weights.
+        has_data: whether there is calibration data.
+        places: of every block, where transforms may fold scales.
+        masked: whether the data has masks.
+    """
     seen: set[tuple[Rule, tuple[int, ...]]] = set()
     for path, rule in rules.items():
         if rule_needs_data(rule) and not has_data:
@@ -29,13 +46,32 @@ def check_rules(rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...
             )
         if path == EMBEDDING and (rule_needs_data(rule) or rule.activation):
             raise InputError(f"layer {path}: an embedding has no input to learn from; use rtn, rtn-mse or hqq for it")
+        if masked and len(shapes[path]) > 2 and rule_needs_data(rule):
+            raise InputError(f"layer {path}: {MASKED_EXPERTS}")
         if (rule, shapes[path]) in seen:
             continue
         seen.add((rule, shapes[path]))
         try:
             abstract_solution(rule, shapes[path])
+            if rule.activation is not None:
+                check_multipliable(scheme(rule.scheme or ""), scheme(rule.activation), shapes[path][-1])
         except InputError as error:
             raise InputError(f"layer {path}: {error}") from error
+    _check_places(rules, places)
+
+
+def _check_places(rules: Mapping[Path, Rule], places: Sequence[Equivalence]) -> None:
+    """Every transform, in every block where a rule asks for it."""
+    parts: dict[str, dict[Path, Rule]] = {}
+    for path, rule in rules.items():
+        if rule.transforms:
+            depth = 2 if path.startswith("blocks.") else 1
+            prefix = "".join(f"{name}." for name in path.split(".")[:depth])
+            parts.setdefault(prefix, {})[path.removeprefix(prefix)] = rule
+    for prefix, inside in parts.items():
+        for step in dict.fromkeys(step for rule in inside.values() for step in rule.transforms):
+            wanted = [path for path, rule in inside.items() if step in rule.transforms]
+            fitting_places(step, wanted, places if prefix.startswith("blocks.") else (), prefix)
 
 
 def check_products(products: str, rules: Mapping[Path, Rule]) -> None:

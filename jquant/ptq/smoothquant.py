@@ -31,8 +31,9 @@ from jquant.nn.linear import ExpertLinear, Linear, Quantized
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path
 from jquant.nn.w8a8 import static_parameters, w8a8_layer
+from jquant.ptq.cost import Cost
 from jquant.ptq.fold import Rewrite, fold, per_channel, weight_at
-from jquant.ptq.trial import Arguments, output_errors, some_inputs
+from jquant.ptq.trial import Arguments, Outline, output_errors, some_inputs
 
 _SMALLEST = 1e-5  # SPEC 6
 
@@ -64,6 +65,20 @@ class Pair(NamedTuple):
 def smoothed_places(block: nnx.Module, found: Sequence[Equivalence], *, config: SmoothQuantConfig) -> list[Equivalence]:
     """Those of a block's equivalences that the config smooths."""
     return [place for place in found if config.places == "all" or weight_at(block, place.producer).ndim == 1]
+
+
+def cost(work: Outline, config: SmoothQuantConfig) -> Cost:
+    """Of `rewrite`."""
+    total = Cost()
+    for place in work.places:
+        if config.places == "all" or place.producer not in work.shapes:
+            output = work.output(place, config.search_tokens)
+            total += (output + work.rounding(place)) * (len(_alphas(config)) + 1) + output
+    return total
+
+
+def _alphas(config: SmoothQuantConfig) -> np.ndarray:
+    return np.arange(config.grid + 1) / config.grid if config.alpha == "search" else np.asarray([config.alpha])
 
 
 def rewrite(
@@ -121,7 +136,7 @@ def search(
     if not chosen:
         raise InputError(f"no layer behind {place.producer} is to be quantized: leave this place out")
     weights = [weight_at(block, path) for path in place.consumers]
-    alphas = np.arange(config.grid + 1) / config.grid if config.alpha == "search" else np.asarray([config.alpha])
+    alphas = _alphas(config)
     largest = per_channel(absmax, block, place, jnp.nanmax)
     # Last stands no smoothing at all, so that the search can leave a place alone.
     scales = _candidates(largest, tuple(weights), jnp.asarray(alphas, jnp.float32))

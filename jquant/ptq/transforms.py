@@ -19,9 +19,11 @@ from jquant.nn.linear import ExpertLinear
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at
 from jquant.ptq import awq, smoothquant
+from jquant.ptq.cost import Cost
 from jquant.ptq.coverage import TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.fold import Rewrite
+from jquant.ptq.trial import Outline, spread_evenly
 
 
 class Task(NamedTuple):
@@ -41,6 +43,8 @@ class Transform:
 
     apply: Callable[[Task, Any], list[TransformReport]]
     config: Any
+    cost: Callable[[Outline, Any], Cost]  # of the search, behind the one pass that observes
+    needs_activation: bool = False  # it is for layers whose inputs are quantized too
 
 
 def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[str, Any]]) -> Any:
@@ -69,22 +73,20 @@ def _awq(task: Task, config: awq.AWQConfig) -> list[TransformReport]:
 
 
 def _smoothquant(task: Task, config: smoothquant.SmoothQuantConfig) -> list[TransformReport]:
-    pairs = {}
-    for path, (weight, activation) in task.schemes.items():
-        if activation is None:
-            raise InputError(
-                f"{task.prefix}{path}: smoothquant moves difficulty from activations to weights, and the rule "
-                "quantizes no activations; give it activation: int8:token"
-            )
-        pairs[path] = smoothquant.Pair(scheme(weight), scheme(activation))
+    pairs = {
+        path: smoothquant.Pair(scheme(weight), scheme(activation or ""))  # a rule has one
+        for path, (weight, activation) in task.schemes.items()
+    }
     seen = _observe(task, config.search_tokens)
     found = smoothquant.rewrite(task.block, task.places, pairs, seen.absmax, seen.calls, config=config)
     return [_report("smoothquant", each, task.prefix) for each in found]
 
 
 TRANSFORMS: dict[str, Transform] = {
-    "awq": Transform(_awq, awq.AWQConfig()),
-    "smoothquant": Transform(_smoothquant, smoothquant.SmoothQuantConfig(alpha="search")),
+    "awq": Transform(_awq, awq.AWQConfig(), awq.cost),
+    "smoothquant": Transform(
+        _smoothquant, smoothquant.SmoothQuantConfig(alpha="search"), smoothquant.cost, needs_activation=True
+    ),
 }
 
 
@@ -128,9 +130,8 @@ def _observe(task: Task, tokens: int) -> _Seen:
 
 def _spread(data: Data, tokens: int) -> set[int]:
     """Batches, evenly spread, that hold about so many rows."""
-    rows = max(1, int(jnp.size(jax.tree.leaves(data.arguments(0))[0][..., 0])))
-    count = min(data.count, max(1, tokens // rows))
-    return {index * data.count // count for index in range(count)}
+    rows = int(jnp.size(jax.tree.leaves(data.arguments(0))[0][..., 0]))
+    return set(spread_evenly(data.count, rows, tokens))
 
 
 class _States(NamedTuple):

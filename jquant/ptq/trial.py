@@ -8,9 +8,9 @@ All candidates and calls run in one compiled program, which serves every block o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,38 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jquant.core.errors import InputError
+from jquant.core.scheme import Scheme
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
+from jquant.ptq.cost import Cost, Load, Shape, rounding
 
 Arguments = tuple[Any, ...]
 Make = Callable[[Any, Array, Any], nnx.Module]  # a float layer, a candidate's scales, options: what takes its place
+
+
+class Outline(NamedTuple):
+    """What a transform will try candidates on, by shapes alone."""
+
+    places: Sequence[Equivalence]
+    shapes: Mapping[Path, Shape]  # of all layers of the block
+    schemes: Mapping[Path, Scheme]  # of the weights of the layers that ask for the transform
+    rounded: Collection[Path]  # those whose solver rounds each weight for itself
+    load: Load
+
+    def consumers(self, place: Equivalence) -> list[Shape]:
+        return [self.shapes[path] for path in place.consumers]
+
+    def rounding(self, place: Equivalence) -> Cost:
+        """Of its consumers' weights, once."""
+        return sum((rounding(self.shapes[path], self.schemes[path]) for path in place.consumers), Cost())
+
+    def output(self, place: Equivalence, tokens: int) -> Cost:
+        """Of the parent's output on the calls that `some_inputs` takes."""
+        inside = [shape for path, shape in self.shapes.items() if f"{path}.".startswith(f"{place.parent}.")]
+        rows = self.load.batch * self.load.window
+        taken = rows * len(spread_evenly(self.load.windows // self.load.batch, rows, tokens))
+        attends = place.parent not in place.consumers and any(path.endswith("q_proj") for path in place.consumers)
+        return Cost(operations=taken * self.load.passing(inside, attends=attends))
 
 
 def output_errors(
@@ -60,9 +87,13 @@ def some_inputs(inputs: Sequence[Arguments], tokens: int) -> list[Arguments]:
     """As many calls, spread evenly, as hold `tokens` rows of their first argument; at least one."""
     if not inputs:
         return []
-    rows = max(1, math.prod(inputs[0][0].shape[:-1]))
-    count = min(len(inputs), max(1, tokens // rows))
-    return [inputs[index * len(inputs) // count] for index in range(count)]
+    return [inputs[index] for index in spread_evenly(len(inputs), math.prod(inputs[0][0].shape[:-1]), tokens)]
+
+
+def spread_evenly(calls: int, rows: int, tokens: int) -> list[int]:
+    """Which of so many calls to take, each of so many rows, to have about `tokens` of them; at least one."""
+    count = min(calls, max(1, tokens // max(1, rows)))
+    return [index * calls // count for index in range(count)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

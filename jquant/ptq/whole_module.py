@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from jquant.core.errors import InputError
 from jquant.nn.matrices import layer_shapes
 from jquant.nn.placement import place_module, spread_batch
-from jquant.nn.surgery import replace
+from jquant.nn.surgery import module_at, replace
 from jquant.ptq.activations import Store
-from jquant.ptq.block import quantize_block, rule_needs_data
+from jquant.ptq.block import check_input_layer, quantize_block, rule_needs_data
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.data import Data
 from jquant.ptq.recipe import Recipe, assign
@@ -34,7 +34,13 @@ def quantize_whole(
     started = time.perf_counter()
     shapes = layer_shapes(model)
     rules = assign(recipe, list(shapes))
-    check_rules(rules, shapes, batches is not None)
+    check_rules(rules, shapes, batches is not None, masked=masks is not None)
+    for path, rule in rules.items():
+        if rule.activation is not None:
+            try:
+                check_input_layer(module_at(model, path), rule.activation)
+            except InputError as error:
+                raise InputError(f"layer {path}: {error}") from error
     data = None
     if any(map(rule_needs_data, rules.values())):
         assert batches is not None

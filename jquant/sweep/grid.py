@@ -73,11 +73,6 @@ def _canonical(method: str) -> str:
     transforms = [step.name for step in rule.transforms]
     if any(name not in _SHARED_TRANSFORMS for name in transforms):
         raise InputError(f"methods: {method!r}: sweeps can run {', '.join(_SHARED_TRANSFORMS)}; use jquant quantize")
-    if "smoothquant" in transforms and rule.activation is None:
-        raise InputError(
-            f"methods: {method!r}: smoothquant moves difficulty from activations to weights: say to which scheme "
-            "activations go, as smoothquant@int8:token"
-        )
     solvers = [] if transforms and rule.method.name == ROUNDING else [rule.method.name]
     name = "+".join([*transforms, *solvers])
     if rule.activation is None:

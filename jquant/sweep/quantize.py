@@ -7,7 +7,7 @@ layers that multiply codes take the place of the float ones: another compilation
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,9 @@ from jquant.core.scheme import scheme as parse_scheme
 from jquant.models.decoder import Decoder
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
-from jquant.nn.w8a8 import multipliable, w8a8_layer
+from jquant.nn.w8a8 import w8a8_layer
 from jquant.ptq import awq, gptq, smoothquant
-from jquant.ptq.block import solve
+from jquant.ptq.block import fitting_places, solve
 from jquant.ptq.fold import fold_gram, weight_at
 from jquant.ptq.gptq import Factor
 from jquant.ptq.methods import SOLVERS
@@ -73,21 +73,9 @@ def check_fits(model: Decoder, layers: Mapping[Path, Any], points: Sequence[Poin
         if point.method == ROUNDING:
             continue
         try:
-            check_rules(dict.fromkeys(shapes, point.rule), shapes, has_data=True)
-            if point.rule.activation is not None:
-                _check_multipliable(point.scheme, parse_scheme(point.rule.activation), first)
-            for prefix, inside in _by_part(list(shapes)).items() if point.rule.transforms else ():
-                _places(model, prefix, inside, point.rule.transforms[0])
+            check_rules(dict.fromkeys(shapes, point.rule), shapes, has_data=True, places=model.equivalences())
         except InputError as error:
             raise InputError(f"scheme {point.scheme} by method {point.method}: {error}") from error
-
-
-def _check_multipliable(weight: Scheme, activation: Scheme, shapes: Iterable[tuple[int, ...]]) -> None:
-    if not all(multipliable(weight, activation, shape[-1]) for shape in shapes):
-        raise InputError(
-            f"weights in {weight} and activations in {activation} cannot be multiplied as codes: take symmetric "
-            "integers or fp8 for both, weights with a scale a channel, as int8:channel with @int8:token"
-        )
 
 
 def _by_part(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -98,18 +86,6 @@ def _by_part(paths: Sequence[Path]) -> dict[str, list[Path]]:
         depth = 2 if names[0] == "blocks" else 1
         parts.setdefault(".".join(names[:depth]) + ".", []).append(".".join(names[depth:]))
     return parts
-
-
-def _places(model: Decoder, prefix: str, inside: Sequence[Path], step: Step) -> list[Equivalence]:
-    """Where scales may be folded: all layers that read the output are among those of the sweep."""
-    there = model.equivalences() if prefix.startswith("blocks.") else ()
-    fitting = [place for place in there if all(path in inside for path in place.consumers)]
-    if not fitting:
-        raise InputError(
-            f"{step.name} on {prefix}{inside[0]}: no norm or layer before it can take the scales up; "
-            "let --layers name all layers that read the same input"
-        )
-    return fitting
 
 
 def _quantize_part(
@@ -125,7 +101,7 @@ def _quantize_part(
         calls = {
             path.removeprefix(prefix): found for path, found in statistics.calls.items() if path.startswith(prefix)
         }
-        places = _places(model, prefix, inside, step)
+        places = fitting_places(step, inside, model.equivalences(), prefix)
         known, scales = _rewrite(part, places, point, known, calls, step)
     factors: dict[int, Factor] = {}  # of Gram matrices that were folded for this cell
     sums: dict[Path, ErrorSums] = {}

@@ -24,6 +24,7 @@ from jquant.ptq.activations import OnDisk
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.pipeline import Event, quantize_model
 from jquant.ptq.recipe import Recipe, Rule, Step, one_rule
+from jquant.ptq.rule_check import check_rules
 from tests.jitted import dequantize
 from tests.tiny_checkpoint import tiny_model
 
@@ -273,14 +274,49 @@ def test_bad_data_is_named() -> None:
         ("hqq", "int4:g32", r"layer blocks\.0\.attn\.k_proj: .*asym"),
         ("rtn", "int4:g128", r"layer blocks\.0\.attn\.k_proj: group size 128"),
         ("smoothquant", "int4:g32", "quantizes no activations"),
+        ("rtn@int4:token", "int4:g32", r"layer blocks\.0\.attn\.k_proj: weights in int4:g32 with activations in int4"),
+        ("smoothquant@int8:token", "fp8_e4m3:channel", r"layer blocks\.0\.attn\.k_proj: .*both must be integers"),
+        ("rtn@int8:channel", "int8:channel", r"layer blocks\.0\.attn\.k_proj: .*per token"),
     ],
 )
-def test_what_a_method_cannot_do_is_refused(method: str, spec: str, message: str) -> None:
+def test_what_a_method_cannot_do_is_refused_before_the_work(
+    method: str, spec: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
     with pytest.raises(InputError, match=message):
         quantize_model(tiny_model(), one_rule(method, spec), BATCHES)
 
 
-def test_a_transform_that_finds_no_place_is_refused() -> None:
+def _must_not_run(*arguments: Any) -> Any:
+    raise AssertionError("the work began")
+
+
+def test_layers_of_flax_do_not_quantize_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jquant.ptq.whole_module.quantize_block", _must_not_run)
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
+    rule = Rule(layers=("layers",), scheme="int8:channel", activation="int8:token")
+    with pytest.raises(InputError, match=r"layer layers\.0: activations in int8:token: only decoders' linear layers"):
+        quantize_model(model, Recipe(rules=(rule,)), [jnp.ones((2, 8))])
+
+
+@pytest.mark.parametrize(("method", "spec"), [("rtn@int8:token", "int8:channel"), ("rtn", "int4:g32")])
+def test_a_layer_that_is_quantized_already_is_named(method: str, spec: str) -> None:
+    model, _ = quantize_model(tiny_model(), one_rule(method, spec))
+    with pytest.raises(InputError, match=r"layer blocks\.0\.\w+\.\w+_proj is quantized already: start from the float"):
+        quantize_model(model, one_rule("rtn", "int4:g32"))
+
+
+def test_masks_are_refused_where_experts_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
+    shapes = {"blocks.0.mlp.up_proj": (4, 64, 32)}
+    rules = dict.fromkeys(shapes, one_rule("gptq", "int4:g32").rules[0])
+    with pytest.raises(InputError, match=r"layer blocks\.0\.mlp\.up_proj: masks do not reach experts"):
+        check_rules(rules, shapes, True, masked=True)
+    check_rules(rules, shapes, True)
+
+
+def test_a_transform_that_finds_no_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
     with pytest.raises(InputError, match=r"awq on blocks\.0\.attn\.q_proj: no norm or layer before it"):
         quantize_model(tiny_model(), one_rule("awq", "int4:g32", layers=("q_proj",)), BATCHES)
 
