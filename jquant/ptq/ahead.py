@@ -28,6 +28,7 @@ from jquant.ptq import layer_programs
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
+from jquant.ptq.second_level import shared_levels
 from jquant.ptq.solver import is_finite
 from jquant.ptq.source import share
 from jquant.ptq.transforms import configured
@@ -100,9 +101,10 @@ def _traced(
             done = unread(block, tuple(packed), data.arguments(0), replay=replay)
             replace(block, {path: packed[path] for path in done})
             yield ("gram", group[0]), _of_gram(module_at(block, group[0]), calls, data)
+            outer = _levels(block, group, rules)
             for path in group:
                 layer = module_at(block, path)
-                programs, weight = _of_solver(layer, rules[path], data.products)
+                programs, weight = _of_solver(layer, rules[path], data.products, outer.get(path))
                 yield ("solve", path), programs
                 if weight is not None and rules[path].activation is None:
                     packed[path] = nnx.eval_shape(packed_layer, layer, weight)
@@ -126,10 +128,16 @@ def _of_gram(layer: nnx.Module, calls: Sequence[Any], data: Data) -> list[Any]:
     ]
 
 
-def _of_solver(layer: nnx.Module, rule: Rule, products: str) -> tuple[list[Any], QTensor | None]:
+def _levels(block: nnx.Module, group: Sequence[Path], rules: Mapping[Path, Rule]) -> dict[Path, Any]:
+    schemes = {path: parse_scheme(rules[path].scheme or "") for path in group}
+    weights = {path: weight_matrix(module_at(block, path)) for path in group}
+    return jax.eval_shape(lambda weights: shared_levels(weights, schemes), weights)
+
+
+def _of_solver(layer: nnx.Module, rule: Rule, products: str, outer: Any) -> tuple[list[Any], QTensor | None]:
     """The programs, and what they make of the weight, where that can be foreseen."""
     weight = weight_matrix(layer)
-    programs = traced_solver(weight, rule)
+    programs = traced_solver(weight, rule, outer)
     if programs is None:
         return [], None
     factorizing, solving = programs
@@ -138,7 +146,7 @@ def _of_solver(layer: nnx.Module, rule: Rule, products: str) -> tuple[list[Any],
     return [is_finite.trace(weight), factorizing, solving, *report], solving.out_info.qtensor
 
 
-def traced_solver(weight: Any, rule: Rule) -> list[Any] | None:
+def traced_solver(weight: Any, rule: Rule, outer: Any = None) -> list[Any] | None:
     """The programs of the rule's solver on a weight, which may be abstract; None where they cannot be foreseen."""
     method = SOLVERS[rule.method.name]
     if method.programs is None or weight.ndim != 2:
@@ -146,7 +154,7 @@ def traced_solver(weight: Any, rule: Rule) -> list[Any] | None:
     size = weight.shape[1]
     known = Gram(_float32(size, size), _float32())
     config = configured(SOLVERS, rule.method.name, rule.method.options)
-    return method.programs(weight, known, parse_scheme(rule.scheme or ""), config)
+    return method.programs(weight, known, parse_scheme(rule.scheme or ""), config, outer)
 
 
 def _cores() -> int:

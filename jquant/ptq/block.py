@@ -39,6 +39,7 @@ from jquant.ptq.coverage import LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule, Step
+from jquant.ptq.second_level import reading_together, shared_levels
 from jquant.ptq.solver import Solution, check_finite
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
 
@@ -81,7 +82,7 @@ def quantize_block(
         InputError: a rule does not fit a layer, or statistics are not finite; the message names the layer.
     """
     rewritten = _transform(block, rules, data, equivalences, prefix)
-    groups = [(path,) for path in rules]
+    groups = reading_together(list(rules), equivalences)
     if data is not None:
         groups = input_groups(block, tuple(rules), data.arguments(0))
     ahead = Ahead(enabled=False) if ahead is None else ahead
@@ -107,11 +108,13 @@ def quantize_block(
             ahead.wait("solve", group[0])
             after_step()
             statistics = _factorized(block, group, rules, statistics, factors)
+        schemes = {path: parse_scheme(rules[path].scheme or "") for path in group}
+        outer = shared_levels({path: weight_of(block, path, prefix) for path in group}, schemes)
         solutions: list[Solution] = []
         for path in group:
             ahead.wait("solve", path)
             packed[path], solution, report = _solve_layer(
-                block, path, rules[path], statistics, factors, data, prefix, alone=alone
+                block, path, rules[path], statistics, factors, data, prefix, outer=outer.get(path), alone=alone
             )
             pending.append(report)
             if alone:
@@ -258,17 +261,14 @@ def _solve_layer(
     data: Data | None,
     prefix: str,
     *,
+    outer: jax.Array | None,
     alone: bool,
 ) -> tuple[nnx.Module, Solution, Callable[[float], LayerReport]]:
     """Solves one layer and puts the decoded weight into it; the report is for later, it waits."""
-    layer, scheme = module_at(block, path), parse_scheme(rule.scheme or "")
-    try:
-        weight = weight_matrix(layer)
-    except InputError as error:
-        raise InputError(f"layer {prefix}{path}: {error}") from error
+    layer, scheme, weight = module_at(block, path), parse_scheme(rule.scheme or ""), weight_of(block, path, prefix)
     check_finite(weight, prefix + path)
     try:
-        solution = solve(weight, statistics, scheme, rule, factors=factors)
+        solution = solve(weight, statistics, scheme, rule, factors=factors, outer=outer)
         module = _packed(layer, path, rule, solution.qtensor, data)
     except InputError as error:
         raise InputError(f"layer {prefix}{path}: {error}") from error
@@ -279,6 +279,14 @@ def _solve_layer(
     else:
         replace(block, {path: module})
     return module, solution, report
+
+
+def weight_of(block: nnx.Module, path: Path, prefix: str = "") -> jax.Array:
+    """The layer's weight [..., out, in]. Raises InputError naming a layer that has none."""
+    try:
+        return weight_matrix(module_at(block, path))
+    except InputError as error:
+        raise InputError(f"layer {prefix}{path}: {error}") from error
 
 
 def weight_report(
@@ -329,25 +337,30 @@ def solve(
     rule: Rule,
     *,
     factors: dict[Step, Any] | None = None,
+    outer: jax.Array | None = None,
 ) -> Solution:
     """The rule's solver on one matrix, or on each of a stack.
 
-    `factors` keeps what a method made of the statistics for the next layer that reads the same input.
+    `factors` keeps what a method made of the statistics for the next layer that reads the same input; `outer` is the
+    second level that the weight shares with others (ptq/second_level.py).
     """
     solver = SOLVERS[rule.method.name]
     config = configured(SOLVERS, rule.method.name, rule.method.options)
     known = statistics if solver.needs_gram else None
+    shared = {} if outer is None else {"outer": outer}
     if weight.ndim == 2 and solver.factorize and solver.solve_with and known is not None and factors is not None:
         if rule.method not in factors:
             assert isinstance(known, Gram)
             factors[rule.method] = solver.factorize(known, config=config)
-        return solver.solve_with(weight, factors[rule.method], scheme, config=config)
+        return solver.solve_with(weight, factors[rule.method], scheme, config=config, **shared)
     assert not isinstance(known, OrderedGram), "it is left where the one method that needs the matrix has its factor"
     if weight.ndim == 2:
-        return solver.solve(weight, known, scheme, config=config)
-    return jax.vmap(partial(solver.solve, scheme=scheme, config=config), in_axes=(0, None if known is None else 0))(
-        weight, known
-    )
+        return solver.solve(weight, known, scheme, config=config, **shared)
+
+    def each(weight: jax.Array, known: Gram | None, shared: dict[str, jax.Array]) -> Solution:
+        return solver.solve(weight, known, scheme, config=config, **shared)
+
+    return jax.vmap(each, in_axes=(0, None if known is None else 0, 0))(weight, known, shared)
 
 
 def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Data | None) -> nnx.Module:

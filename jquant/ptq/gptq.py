@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from jquant.calib.gram import Gram
 from jquant.core import packing
@@ -46,7 +46,12 @@ _TOGETHER = 2**29  # weights, of all schemes, that `solve_schemes` takes side by
 
 
 def solve(
-    w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, config: GPTQConfig | None = None
+    w: Float[Array, "out in"],
+    gram: Gram | None,
+    scheme: Scheme,
+    *,
+    config: GPTQConfig | None = None,
+    outer: Float32[Array, "1 1"] | None = None,
 ) -> Solution:
     """Quantizes one matrix.
 
@@ -56,6 +61,7 @@ def solve(
         scheme: integers, floats or codebooks with any granularity and scale format.
         config: by default static act-order and searched ranges; plain GPTQ is
             `GPTQConfig(act_order="none", range="minmax")`.
+        outer: second level of a nested scale, as of layers that share it; by default that of w, dead columns left out.
 
     Raises:
         InputError: there is no Gram matrix, the scheme is a block type of ggml, a group does not fit, or shapes
@@ -64,13 +70,20 @@ def solve(
     config = GPTQConfig() if config is None else config
     if gram is None:
         raise InputError("GPTQ without a Gram matrix: it needs calibration data; give it, or use rtn or hqq")
-    return solve_with(w, factorize(gram, config=config), scheme, config=config)
+    return solve_with(w, factorize(gram, config=config), scheme, config=config, outer=outer)
 
 
-def solve_with(w: Float[Array, "out in"], factor: Factor, scheme: Scheme, *, config: GPTQConfig) -> Solution:
+def solve_with(
+    w: Float[Array, "out in"],
+    factor: Factor,
+    scheme: Scheme,
+    *,
+    config: GPTQConfig,
+    outer: Float32[Array, "1 1"] | None = None,
+) -> Solution:
     """`solve` with a factor made before. Rows are independent; vmap over both for a stack of layers."""
     _check(w, factor, scheme)
-    return _chosen(w)(w, factor, scheme, config, dispatch.way())
+    return _chosen(w)(w, factor, scheme, config, dispatch.way(), outer)
 
 
 def solve_schemes(
@@ -118,12 +131,12 @@ def _stands_beside(scheme: Scheme, shape: tuple[int, ...], config: GPTQConfig, w
     return config.act_order == "static" and in_one_kernel(span, plan)
 
 
-def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig) -> list[Any]:
+def programs(w: Array, gram: Gram, scheme: Scheme, config: GPTQConfig, outer: Any = None) -> list[Any]:
     """What `factorize_in_place` and `solve_with` compile for such operands, traced; nothing is computed. Refuses what
     `solve` does."""
     factorizing = traced_factorization(gram, config, in_place=True)
     _check(w, factorizing.out_info, scheme)
-    return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way())]
+    return [factorizing, _chosen(w).trace(w, factorizing.out_info, scheme, config, dispatch.way(), outer)]
 
 
 def _plan(scheme: Scheme, shape: tuple[int, ...], config: GPTQConfig, way: dispatch.Way) -> Plan:
@@ -131,12 +144,19 @@ def _plan(scheme: Scheme, shape: tuple[int, ...], config: GPTQConfig, way: dispa
     return Plan(scheme, group, config, way)
 
 
-def _solution(w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way) -> Solution:
-    return _solutions(w, factor, (scheme,), config, way)[0]
+def _solution(
+    w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way, outer: Array | None
+) -> Solution:
+    return _solutions(w, factor, (scheme,), config, way, None if outer is None else (outer,))[0]
 
 
 def _solutions(
-    w: Array, factor: Factor, schemes: tuple[Scheme, ...], config: GPTQConfig, way: dispatch.Way
+    w: Array,
+    factor: Factor,
+    schemes: tuple[Scheme, ...],
+    config: GPTQConfig,
+    way: dispatch.Way,
+    outer: tuple[Array, ...] | None = None,
 ) -> list[Solution]:
     """Of one scheme, or of several that `_stands_beside`."""
     rows, columns = w.shape
@@ -149,12 +169,12 @@ def _solutions(
     if width > columns:  # else it would be copied for nothing
         halves = jnp.pad(halves, (0, width - columns)) + jnp.diag((jnp.arange(width) >= columns) * jnp.float32(1))
     importance = jnp.pad(factor.diagonal, (0, width - columns))[order]
-    outer = tuple(_outer(scheme, w, factor) for scheme in schemes)
+    second = tuple(_outer(scheme, w, factor) for scheme in schemes) if outer is None else outer
     static = config.act_order == "static"
     places = order if static else jnp.arange(width)  # columns of padding are in the last group
     parameters = tuple(
-        _of_whole_weight(w, factor, each, second) if static else _unknown(w.shape, width, each)
-        for each, second in zip(plans, outer, strict=True)
+        _of_whole_weight(w, factor, each, level) if static else _unknown(w.shape, width, each)
+        for each, level in zip(plans, second, strict=True)
     )
     chosen = list(zip(plans, parameters, strict=True))
     copy = None if way == "jnp" else ordered_copy(w, order, factor.diagonal)
@@ -164,7 +184,7 @@ def _solutions(
         halves=halves,
         root=jnp.pad(factor.root, (0, width - columns)),
         place=jnp.stack([jnp.minimum(places // each.group, len(found.scale) - 1) for each, found in chosen]),
-        outer=outer[0],
+        outer=second[0],
         importance=importance,
         settle=None if static or plan.group == width else inverse_upper(shares_inside(halves, plan.group)),
         steps=_side_by_side(parameters, rows) if static and way != "jnp" else None,
@@ -185,7 +205,7 @@ def _solutions(
         if way == "kernel":  # in one kernel XLA would turn and pack single bytes from far apart
             turned = jax.lax.optimization_barrier(turned)
         found = parameters[index] if static else state.parameters
-        q = _assemble(turned[:, :columns], found, scheme, (rows, columns), outer[index], np.dtype(w.dtype), groups)
+        q = _assemble(turned[:, :columns], found, scheme, (rows, columns), second[index], np.dtype(w.dtype), groups)
         return Solution(q, jnp.sum(state.loss[:, own]) / 2, factor.damping, factor.fallback)
 
     return [solution(index, scheme) for index, scheme in enumerate(schemes)]

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from jquant.calib import gram
 from jquant.calib.gram import Gram, GramState, OrderedGram
-from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.qtensor import QTensor, dequantize
+from jquant.core.scales import NestedScale
 from jquant.core.scheme import Scheme
 from jquant.core.symmetric import square
 from jquant.kernels.dispatch import WITHOUT_TRITON_GEMM
+from jquant.ptq.rtn import rounded
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="dtype")
@@ -57,13 +59,18 @@ def errors(
     order = _order(statistics)
     ready(value)
     size = ready(_squares(_difference(weight, None, order), statistics, factors))
-    rounding = ready(_squares(_difference(weight, _rounded(weight, scheme), order), statistics, factors))
+    rounding = ready(_squares(_difference(weight, _rounded(weight, scheme, _level(value)), order), statistics, factors))
     return ready(_relative(rounding, _squares(_difference(weight, value, order), statistics, "float32"), size))
 
 
 @partial(jax.jit, static_argnames="scheme")
-def _rounded(weight: jax.Array, scheme: Scheme) -> QTensor:
-    return quantize(weight.astype(jnp.float32), scheme)
+def _rounded(weight: jax.Array, scheme: Scheme, outer: jax.Array | None) -> QTensor:
+    return rounded(weight.astype(jnp.float32), scheme, outer)
+
+
+def _level(value: QTensor) -> jax.Array | None:
+    """The second level of a nested scale, which layers may share: rounding to nearest has the same."""
+    return value.stored.scale2 if isinstance(value.scheme.scale, NestedScale) else None
 
 
 @jax.jit
@@ -102,11 +109,11 @@ def traced_report(
 ) -> list[Any]:
     """What `decoded` and `errors` compile; everything but the scheme may be abstract."""
     error = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
-    rounded = _rounded.trace(weight, scheme)
+    nearest = _rounded.trace(weight, scheme, _level(value))
     return [
         decoded.trace(value),
         *(_squares.trace(error, statistics, each) for each in dict.fromkeys((factors, "float32"))),
-        rounded,
-        *(_difference.trace(weight, each, _order(statistics)) for each in (None, value, rounded.out_info)),
+        nearest,
+        *(_difference.trace(weight, each, _order(statistics)) for each in (None, value, nearest.out_info)),
         _relative.trace(*[jax.ShapeDtypeStruct((), jnp.float32)] * 3),
     ]

@@ -27,8 +27,8 @@ class Method:
     # The same in the memory of the Gram matrix, for the last that needs it; what is made has a `gram` that can report.
     factorize_in_place: Callable[..., Any] | None = None
     solve_with: Callable[..., Solution] | None = None
-    # The programs of both, traced for a weight and a Gram matrix that may be abstract: (w, gram, scheme, config).
-    programs: Callable[[Any, Gram, Scheme, Any], list[Any]] | None = None
+    # The programs of both, traced for operands that may be abstract: (w, gram, scheme, config, outer).
+    programs: Callable[[Any, Gram, Scheme, Any, Any], list[Any]] | None = None
 
 
 SOLVERS: dict[str, Method] = {

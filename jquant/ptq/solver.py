@@ -29,7 +29,8 @@ class Solution(NamedTuple):
 
 
 class Solve(Protocol):
-    """Every solver's signature; `config` is of the solver's own type, or None for its defaults."""
+    """Every solver's signature; `config` is of the solver's own type, or None for its defaults. One that does nested
+    scales takes their second level too, `outer` [1, 1], where layers share it."""
 
     def __call__(self, w: Array, gram: Gram | None, scheme: Scheme, *, config: Any = None) -> Solution: ...
 

@@ -17,20 +17,21 @@ from flax import nnx
 
 from jquant.core.errors import InputError
 from jquant.core.metrics import ErrorSums, error_sums
-from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.qtensor import QTensor, dequantize
 from jquant.core.scheme import Scheme
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.models.decoder import Decoder
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import w8a8_layer
-from jquant.ptq import awq, gptq, smoothquant
+from jquant.ptq import awq, gptq, rtn, smoothquant
 from jquant.ptq.block import fitting_places, solve
 from jquant.ptq.fold import fold_gram, weight_at
 from jquant.ptq.gptq import Factor
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Step
 from jquant.ptq.rule_check import check_rules
+from jquant.ptq.second_level import shared_levels_of_model
 from jquant.ptq.solver import Solution
 from jquant.ptq.transforms import TRANSFORMS, configured
 from jquant.sweep.grid import ROUNDING, Point
@@ -53,7 +54,7 @@ def quantize_in_place(
         model applies it.
     """
     if point.method == ROUNDING:
-        return _round_in_place([module_at(model, path) for path in paths], point.scheme)
+        return _round_in_place(model, paths, point.scheme)
     sums: dict[Path, ErrorSums] = {}
     for prefix, inside in _by_part(paths).items():
         sums |= _quantize_part(model, prefix, inside, point, statistics)
@@ -103,13 +104,15 @@ def _quantize_part(
         }
         places = fitting_places(step, inside, model.equivalences(), prefix)
         known, scales = _rewrite(part, places, point, known, calls, step)
+    weights = {path: weight_at(part, path) for path in inside}
+    outer = shared_levels_of_model(model, {prefix + path: each for path, each in weights.items()}, point.scheme)
     factors: dict[int, Factor] = {}  # of Gram matrices that were folded for this cell
     sums: dict[Path, ErrorSums] = {}
     layers: dict[Path, nnx.Module] = {}
     for path in inside:
         layer: Any = module_at(part, path)
         try:
-            q = _solve(weight_at(part, path), point, known.get(path), factors).qtensor
+            q = _solve(weights[path], point, known.get(path), factors, outer.get(prefix + path)).qtensor
         except InputError as error:
             raise InputError(f"layer {prefix}{path}: {error}") from error
         value, sums[prefix + path] = _decode(floats[path], q, scales.get(path))
@@ -160,11 +163,13 @@ def _each(known: Mapping[Path, Known], name: str) -> dict[Path, Any]:
     return {path: value for path, each in known.items() if (value := getattr(each, name)) is not None}
 
 
-def _solve(weight: jax.Array, point: Point, known: Known | None, factors: dict[int, Factor]) -> Solution:
+def _solve(
+    weight: jax.Array, point: Point, known: Known | None, factors: dict[int, Factor], outer: jax.Array | None
+) -> Solution:
     rule = point.rule
     if rule.method.name != "gptq":
         gram = known.gram if known is not None and SOLVERS[rule.method.name].needs_gram else None
-        return solve(weight, gram, point.scheme, rule)
+        return solve(weight, gram, point.scheme, rule, outer=outer)
     assert known is not None
     config = configured(SOLVERS, "gptq", rule.method.options)
     factor = known.factor
@@ -175,8 +180,10 @@ def _solve(weight: jax.Array, point: Point, known: Known | None, factors: dict[i
             factors[id(gram)] = factorize(gram, config)
         factor = factors[id(gram)]
     if weight.ndim == 2:
-        return gptq.solve_with(weight, factor, point.scheme, config=config)
-    return jax.vmap(partial(gptq.solve_with, scheme=point.scheme, config=config))(weight, factor)
+        return gptq.solve_with(weight, factor, point.scheme, config=config, outer=outer)
+    return jax.vmap(
+        lambda weight, factor, outer: gptq.solve_with(weight, factor, point.scheme, config=config, outer=outer)
+    )(weight, factor, outer)
 
 
 _fold_gram = jax.jit(fold_gram)
@@ -189,17 +196,19 @@ def _decode(weight: jax.Array, q: QTensor, scales: jax.Array | None) -> tuple[ja
     return value.astype(weight.dtype), error_sums(weight, value if scales is None else value / scales)
 
 
-def _round_in_place(layers: Sequence[Any], scheme: Scheme) -> list[ErrorSums]:
+def _round_in_place(model: Decoder, paths: Sequence[Path], scheme: Scheme) -> list[ErrorSums]:
     """Replaces each weight by its quantized value: one compilation a scheme and shape."""
+    layers: dict[Path, Any] = {path: module_at(model, path) for path in paths}
+    outer = shared_levels_of_model(model, {path: layer.weight.get_value() for path, layer in layers.items()}, scheme)
     sums = []
-    for layer in layers:
-        value, each = _round_trip(layer.weight.get_value(), scheme)
+    for path, layer in layers.items():
+        value, each = _round_trip(layer.weight.get_value(), scheme, outer.get(path))
         layer.weight.set_value(value)
         sums.append(each)
     return [ErrorSums(*each) for each in jax.device_get(sums)]
 
 
 @partial(jax.jit, static_argnames="scheme")
-def _round_trip(weight: jax.Array, scheme: Scheme) -> tuple[jax.Array, ErrorSums]:
-    value = dequantize(quantize(weight, scheme), jnp.float32)
+def _round_trip(weight: jax.Array, scheme: Scheme, outer: jax.Array | None) -> tuple[jax.Array, ErrorSums]:
+    value = dequantize(rtn.rounded(weight, scheme, outer), jnp.float32)
     return value.astype(weight.dtype), error_sums(weight, value)
