@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -32,7 +31,7 @@ from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weig
 from jquant.nn.placement import fetched
 from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path, module_at, replace
-from jquant.nn.w8a8 import static_parameters, w8a8_layer
+from jquant.nn.w8a8 import w8a8_layer
 from jquant.ptq import layer_programs
 from jquant.ptq.ahead import Ahead, narrow_until
 from jquant.ptq.coverage import LayerReport, TransformReport
@@ -41,6 +40,7 @@ from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule, Step
 from jquant.ptq.second_level import reading_together, shared_levels
 from jquant.ptq.solver import Solution, check_finite
+from jquant.ptq.static_ranges import RANGES, parameters
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
 
 _SIDE_BY_SIDE = 2048**2  # entries of Gram matrices up to which a group's layers are solved so: their memory adds up
@@ -371,13 +371,13 @@ def _packed(layer: nnx.Module, path: Path, rule: Rule, weight: QTensor, data: Da
         return w8a8_layer(layer, weight, activation=activation)
     assert data is not None
     mask_of = _mask_of if isinstance(layer, Linear) else _no_mask
-    ranges = [
-        _range(call[0], mask_of(data.mask(batch), path, call[0]))
+    calls = (
+        (call[0], mask_of(data.mask(batch), path, call[0]))
         for batch in range(data.count)
         for call in data.store.get(path, batch)
-    ]
-    lowest, highest = jnp.min(jnp.stack([r[0] for r in ranges])), jnp.max(jnp.stack([r[1] for r in ranges]))
-    scale, zero = static_parameters(lowest, highest, activation)
+    )
+    chosen = rule.activation_range
+    scale, zero = parameters(calls, activation, chosen.name, configured(RANGES, chosen.name, chosen.options))
     return w8a8_layer(layer, weight, activation=activation, input_scale=scale, input_zero_point=zero)
 
 
@@ -386,12 +386,3 @@ def check_input_layer(layer: nnx.Module, activation: str) -> Linear | ExpertLine
     if not isinstance(layer, Linear | ExpertLinear):
         raise InputError(f"activations in {activation}: only decoders' linear layers can quantize their inputs")
     return layer
-
-
-@jax.jit
-def _range(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The smallest and largest value, of rows that count; a NaN there stays."""
-    if mask is None:
-        return jnp.min(x), jnp.max(x)
-    counts = mask[..., None]
-    return jnp.min(jnp.where(counts, x, jnp.inf)), jnp.max(jnp.where(counts, x, -jnp.inf))

@@ -3,6 +3,10 @@
     rules:
       - layers: ['head\\.lm_head$']          # a layer takes the first rule that matches its path
         scheme: null                         # left alone
+      - layers: ['mlp\\.down_proj$']
+        scheme: int8:channel
+        activation: int8:tensor              # inputs are quantized too; int8:token needs no data
+        activation_range: {percentile: {percent: 99.9}}   # of static ones: minmax (the default), mse, or this
       - layers: ['^blocks\\.']
         transforms: [awq]                    # rewrite the float model first
         method: {gptq: {damping: 0.02}}      # then round; a name alone takes the method's defaults
@@ -22,9 +26,10 @@ from jquant.core.errors import InputError
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.nn.surgery import Path, first_matches, matches
 from jquant.ptq.methods import SOLVERS
+from jquant.ptq.static_ranges import RANGES, check_range
 from jquant.ptq.transforms import TRANSFORMS, configured
 
-_FIELDS = ("layers", "scheme", "method", "transforms", "activation")
+_FIELDS = ("layers", "scheme", "method", "transforms", "activation", "activation_range")
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Rule:
     method: Step = Step("rtn")
     transforms: tuple[Step, ...] = ()
     activation: str | None = None  # scheme of the layer's input, quantized when it runs: int8:token
+    activation_range: Step = Step("minmax")  # of a static one, int8:tensor: ptq/static_ranges.py
 
     def __post_init__(self) -> None:
         what = f"rule {', '.join(self.layers) or '(no layers)'}"
@@ -70,6 +76,11 @@ class Rule:
             if spec is not None:
                 _checked(parse_scheme, spec, what)
         _checked(lambda step: configured(SOLVERS, step.name, step.options), self.method, what)
+        _checked(
+            lambda step: configured(RANGES, step.name, step.options, "activation_range"), self.activation_range, what
+        )
+        static = None if self.activation is None else parse_scheme(self.activation)
+        _checked(lambda step: check_range(step.name, self.activation, static), self.activation_range, what)
         for transform in self.transforms:
             _checked(lambda step: configured(TRANSFORMS, step.name, step.options), transform, what)
             if TRANSFORMS[transform.name].needs_activation and self.activation is None:
@@ -173,6 +184,8 @@ def _rule_as_json(rule: Rule) -> dict[str, Any]:
         record["transforms"] = [step.as_json() for step in rule.transforms]
     if rule.activation is not None:
         record["activation"] = rule.activation
+    if rule.activation_range != Step("minmax"):
+        record["activation_range"] = rule.activation_range.as_json()
     return record
 
 
@@ -202,6 +215,7 @@ def _rule_from_json(record: Any, what: str) -> Rule:
         method=Step.from_json(record.get("method", "rtn"), f"{what}: method"),
         transforms=tuple(Step.from_json(step, f"{what}: transforms") for step in transforms),
         activation=record.get("activation"),
+        activation_range=Step.from_json(record.get("activation_range", "minmax"), f"{what}: activation_range"),
     )
 
 

@@ -47,20 +47,20 @@ class Transform:
     needs_activation: bool = False  # it is for layers whose inputs are quantized too
 
 
-def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[str, Any]]) -> Any:
-    """The config of a solver or transform with options changed.
+def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[str, Any]], kind: str = "method") -> Any:
+    """The config of a solver, transform or other `kind` with options changed.
 
     Raises:
         InputError: name or option is unknown, or a value is refused; the message lists what there is.
     """
     if name not in registry:
-        raise InputError(f"method {name!r}: unknown; there are {', '.join(registry)}")
+        raise InputError(f"{kind} {name!r}: unknown; there are {', '.join(registry)}")
     config = registry[name].config
     known = [field.name for field in dataclasses.fields(config)]
     for option, _ in options:
         if option not in known:
             there = f"there are {', '.join(known)}" if known else "it has none"
-            raise InputError(f"method {name}: unknown option {option!r}; {there}")
+            raise InputError(f"{kind} {name}: unknown option {option!r}; {there}")
     return dataclasses.replace(config, **dict(options))
 
 
