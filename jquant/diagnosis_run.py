@@ -21,6 +21,7 @@ from jquant.core.formats import Int
 from jquant.core.qtensor import QTensor, dequantize, stored_bytes
 from jquant.core.scheme import Group, Scheme, scheme, with_group
 from jquant.data.blocks import Windows, text_windows
+from jquant.data.overlap import refuse_seen
 from jquant.data.text import load_text
 from jquant.evaluation import faults
 from jquant.evaluation.allocate import Allocation, allocate, moves
@@ -63,6 +64,7 @@ def run_diagnosis(config: DiagnoseConfig, listen: Listen = lambda stage, done, t
             "as MODEL to see what quantizing it would cost"
         )
     windows = text_windows(load_text(config.text), checkpoint.tokenizer(), window=config.window, limit=config.windows)
+    refuse_seen(checkpoint.provenance.get("calibration"), windows, config.model)
     if config.reference is None:
         found = _float_model(config, model, windows, listen)
     else:

@@ -20,7 +20,8 @@ from flax import nnx
 from jquant import __version__
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
-from jquant.data.blocks import Windows, check_disjoint
+from jquant.data.blocks import Windows
+from jquant.data.overlap import calibration_record, check_disjoint
 from jquant.evaluation.perplexity import perplexity
 from jquant.io.folder_lock import locked_folder
 from jquant.io.native import check_new_folder, is_native, write_native
@@ -192,7 +193,7 @@ def _train(
         eval_fn=evaluate,
         listen=listen,
     )
-    _write(convert(model), checkpoint, definition, config, unfinished)
+    _write(convert(model), checkpoint, definition, training, config, unfinished)
     return result
 
 
@@ -221,14 +222,19 @@ def _evaluator(evaluation: Windows, batch: int) -> EvalFn:
 
 
 def _write(
-    model: Decoder, checkpoint: Checkpoint, definition: Mapping[str, Any], config: QATConfig, unfinished: Path
+    model: Decoder,
+    checkpoint: Checkpoint,
+    definition: Mapping[str, Any],
+    training: Windows,
+    config: QATConfig,
+    unfinished: Path,
 ) -> None:
     """The packed model, with what it learned from and how, and the figures of each step beside it."""
     provenance = {
         "source": checkpoint.path.name,
         "source_sha256": definition["source_sha256"],
         "recipe": definition["recipe"],
-        "calibration": definition["data"],  # what evaluation refuses to measure on
+        "calibration": calibration_record(training),  # what evaluation refuses to measure on
         "loss": definition["loss"],
         "training": config.as_json(),
         "kernels": definition["kernels"],

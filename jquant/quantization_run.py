@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jquant import __version__
 from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
+from jquant.data.overlap import calibration_record
 from jquant.io.json_file import as_text, read_json
 from jquant.io.native import check_new_folder
 from jquant.kernels.dispatch import way
@@ -129,7 +130,7 @@ def quantize_checkpoint(
             "source": checkpoint.path.name,
             "source_sha256": definition["source_sha256"],
             "recipe": recipe.as_json(),
-            "calibration": definition["calibration"],
+            "calibration": None if calibration is None else calibration_record(calibration),
             "products": products,
             "kernels": definition["kernels"],
             "mesh": definition["mesh"],

@@ -17,6 +17,7 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.scheme import Group, scheme
 from jquant.data.blocks import Windows, text_windows
+from jquant.data.overlap import refuse_seen
 from jquant.data.text import load_text
 from jquant.evaluation.benchmark import TaskResult
 from jquant.evaluation.comparison import TextComparison, compare_records, compare_text
@@ -138,11 +139,9 @@ def _measured(
 
 def _windows(config: ValidateConfig, checkpoint: Checkpoint) -> Windows:
     text = load_text(config.text or "")
-    if checkpoint.calibration_sha256 == text.sha256:
-        raise InputError(
-            f"{config.model} was calibrated on the text {text.name}: its perplexity there says nothing; give another"
-        )
-    return text_windows(text, checkpoint.tokenizer(), window=config.window, limit=config.windows)
+    found = text_windows(text, checkpoint.tokenizer(), window=config.window, limit=config.windows)
+    refuse_seen(checkpoint.provenance.get("calibration"), found, config.model)
+    return found
 
 
 def _asked(

@@ -75,6 +75,22 @@ def test_a_model_is_not_evaluated_on_what_it_learned_from(
     assert "was calibrated on the text pydoc:calibration" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [["eval"], ["validate", "--reference", "SOURCE"], ["diagnose", "--reference", "SOURCE"]]
+)
+def test_nor_on_a_text_that_holds_a_part_of_it(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    _run(source, tmp_path / "q")
+    other = tmp_path / "other.txt"
+    other.write_text("Something else. " * 20 + load_text("pydoc:calibration").content[:400])
+    words = [command[0], str(tmp_path / "q"), *(str(source) if word == "SOURCE" else word for word in command[1:])]
+    assert main([*words, "--text", str(other), "--window", "128"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was calibrated on a part of the text" in said
+    assert "32 tokens of its calibration text pydoc:calibration" in said
+
+
 def test_blocks_that_stream_give_what_one_model_gives(source: Path, tmp_path: Path) -> None:
     from jquant.ptq.pipeline import quantize_model
 

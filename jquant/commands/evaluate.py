@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from jquant.commands.options import default_batch, parsed_scheme, refuse_calibration_text, round_layers
+from jquant.commands.options import default_batch, parsed_scheme, round_layers
 from jquant.commands.terminal import new_console, progress_bar, stage_bars, write_json
 from jquant.evaluation.config import EvalConfig
 from jquant.evaluation.diagnose_config import DiagnoseConfig
@@ -22,6 +22,7 @@ def eval_command(config: EvalConfig) -> None:
     schemes = parsed_scheme(config.scheme)
 
     from jquant.data.blocks import text_windows
+    from jquant.data.overlap import refuse_seen
     from jquant.data.text import load_text
     from jquant.evaluation.scoring import evaluate, prepare_reference
     from jquant.models.checkpoint import open_checkpoint
@@ -33,10 +34,10 @@ def eval_command(config: EvalConfig) -> None:
     checkpoint = open_checkpoint(config.model)
     if schemes is None:
         checkpoint = checkpoint.packed()
-    refuse_calibration_text(checkpoint, text)
     windows = text_windows(
         text, checkpoint.tokenizer(), window=config.window, stride=config.stride, limit=config.windows
     )
+    refuse_seen(checkpoint.provenance.get("calibration"), windows, checkpoint.name)
     batch = default_batch(config.batch, mesh)
     reference = None
     if config.reference is not None:

@@ -6,7 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from jquant.commands.options import calibration_batch, default_batch, refuse_calibration_text
+from jquant.commands.options import calibration_batch, default_batch
 from jquant.commands.terminal import new_console, progress_bar
 from jquant.core.errors import InputError
 from jquant.models.export_config import ConvertConfig, ExportConfig
@@ -175,6 +175,7 @@ def _perplexity_measure(
 ) -> Callable[[], Mapping[str, str]]:
     """What measures the rows of a model card; what cannot be measured is refused here, before anything is written."""
     from jquant.data.blocks import text_windows
+    from jquant.data.overlap import refuse_seen
     from jquant.data.text import load_text
     from jquant.evaluation.scoring import evaluate
     from jquant.io.native import check_new_folder
@@ -183,9 +184,8 @@ def _perplexity_measure(
         raise InputError("--text with a gguf, which has no model card to say a perplexity in: leave it out")
     check_new_folder(config.out)
     assert config.text is not None
-    text = load_text(config.text)
-    refuse_calibration_text(checkpoint, text)
-    windows = text_windows(text, checkpoint.tokenizer(), window=config.window, limit=config.windows)
+    windows = text_windows(load_text(config.text), checkpoint.tokenizer(), window=config.window, limit=config.windows)
+    refuse_seen(checkpoint.provenance.get("calibration"), windows, checkpoint.name)
 
     def measure() -> Mapping[str, str]:
         with progress_bar(f"evaluating {len(windows.tokens)} windows", len(windows.tokens)) as advance:

@@ -9,9 +9,6 @@ from jquant.core.errors import InputError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jquant.data.text import Text
-    from jquant.models.checkpoint import Checkpoint
-
 
 def parsed_scheme(spec: str | None) -> Any:
     if spec is None:
@@ -57,10 +54,3 @@ def calibration_batch(batch: int | None, windows: int, mesh: Mesh | None = None)
         return batch
     sizes = range(devices, default_batch(None, mesh) + 1, devices)
     return max(size for size in sizes if windows % size == 0)
-
-
-def refuse_calibration_text(checkpoint: Checkpoint, text: Text) -> None:
-    if checkpoint.calibration_sha256 == text.sha256:
-        raise InputError(
-            f"{checkpoint.name} was calibrated on the text {text.name}: its perplexity there says nothing; give another"
-        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, UInt64
+from jaxtyping import Bool, Int, Int32
 
 from jquant.core.errors import InputError
 from jquant.data.text import Text
@@ -101,61 +101,6 @@ def text_windows(
     """`windows` of a text's tokens, with the text's name and hash. BOS, where the tokenizer adds it, comes once."""
     cut = windows(tokenizer.encode(text.content), window=window, stride=stride, limit=limit)
     return dataclasses.replace(cut, text_name=text.name, text_sha256=text.sha256, add_bos=bool(tokenizer.add_bos))
-
-
-def check_disjoint(calibration: Windows, evaluation: Windows, *, run: int = 64) -> None:
-    """Refuses calibration data that the evaluation holds a part of.
-
-    Args:
-        calibration: what methods learn from.
-        evaluation: what they are measured on.
-        run: so many consecutive tokens that both hold are a part, or a whole window where windows are shorter.
-
-    Raises:
-        InputError: both are of one text, or share a run; the message says where.
-    """
-    if calibration.text_sha256 and calibration.text_sha256 == evaluation.text_sha256:
-        raise InputError(
-            f"calibration and evaluation are both on the text {evaluation.text_name}: methods would be measured on "
-            "what they learned from; give another calibration text, as pydoc:calibration"
-        )
-    run = min(run, calibration.window, evaluation.window)
-    theirs, ours = _run_hashes(evaluation.tokens, run), _run_hashes(calibration.tokens, run)
-    # Equal hashes only propose: the tokens decide.
-    for window, start in np.argwhere(np.isin(ours, theirs)):
-        wanted = calibration.tokens[window, start : start + run]
-        for other, begin in np.argwhere(theirs == ours[window, start]):
-            if np.array_equal(evaluation.tokens[other, begin : begin + run], wanted):
-                raise InputError(
-                    f"calibration window {window} ({calibration.text_name or 'ids'}) and evaluation window {other} "
-                    f"({evaluation.text_name or 'ids'}) share the {run} tokens from {start} and {begin} on: methods "
-                    "would be measured on what they learned from; give another calibration text"
-                )
-
-
-def _run_hashes(tokens: Int32[np.ndarray, "n window"], run: int) -> UInt64[np.ndarray, "n starts"]:
-    """A hash of the `run` tokens from every place of every window on, by doubling: h(a ++ b) = mix(c·h(a) + h(b))."""
-    powers = [_mix(tokens.astype(np.uint64))]  # [k]: of 2ᵏ tokens
-    while 2 << (len(powers) - 1) <= run:
-        powers.append(_joined(powers[-1], powers[-1], 1 << (len(powers) - 1)))
-    hashes, length = powers[-1], 1 << (len(powers) - 1)
-    for exponent in reversed(range(len(powers) - 1)):
-        if length + (1 << exponent) <= run:
-            hashes, length = _joined(hashes, powers[exponent], length), length + (1 << exponent)
-    return hashes
-
-
-def _joined(first: np.ndarray, second: np.ndarray, length: int) -> np.ndarray:
-    """Of runs of `length` tokens, each followed by one of the second kind."""
-    after = second[:, length:]
-    return _mix(first[:, : after.shape[1]] * np.uint64(0x9E3779B97F4A7C15) + after)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea & Flood 2014): products and sums wrap around."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def sample_blocks(

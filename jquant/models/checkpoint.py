@@ -47,7 +47,6 @@ class Checkpoint:
     tokenizer_reader: Callable[[], Tokenizer] = field(repr=False)
     activations: Mapping[str, str] = field(default_factory=dict, repr=False)  # schemes of layers' inputs, by path
     quantized: frozenset[str] = field(default=frozenset(), repr=False)  # layers whose weights `readers` give packed
-    calibration_sha256: str | None = None  # of the text that a quantized model learned from
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)  # how a quantized model was made
     packed_form: Checkpoint | None = field(default=None, repr=False)  # of a GGUF: its blocks as they are
 

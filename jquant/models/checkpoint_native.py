@@ -31,7 +31,6 @@ def open_native_checkpoint(name: str, path: Path) -> Checkpoint:
             for tensor, entry in opened.description["tensors"].items()
             if "scheme" in entry
         ),
-        calibration_sha256=_calibration(opened.description),
         provenance=_provenance(opened.description),
     )
 
@@ -46,10 +45,3 @@ def _activations(description: Mapping[str, Any], path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(spec, str) for spec in found.values()):
         raise InputError(f"{path}: the schemes of activations are damaged: {one_line(ValueError(found))}")
     return found
-
-
-def _calibration(description: Mapping[str, Any]) -> str | None:
-    found: Any = description
-    for name in ("provenance", "calibration", "text_sha256"):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, str) else None

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from jquant import __version__
 from jquant.core.errors import InputError
-from jquant.data.blocks import TextTokenizer, Windows, check_disjoint, text_windows
+from jquant.data.blocks import TextTokenizer, Windows, text_windows
+from jquant.data.overlap import check_disjoint
 from jquant.data.text import load_text
 from jquant.evaluation.result import Protocol
 from jquant.evaluation.scoring import prepare_reference

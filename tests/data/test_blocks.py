@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 
 import numpy as np
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.data.blocks import check_disjoint, sample_blocks, windows
+from jquant.data.blocks import sample_blocks, windows
 
 SIZES = [
     (tokens, window, stride) for tokens in (8, 9, 23, 64) for window in (2, 3, 8) for stride in range(1, window + 1)
@@ -132,42 +131,3 @@ def test_windows_refuse_what_they_cannot_cut(ids: list[int], options: dict[str, 
 def test_blocks_refuse_what_they_cannot_draw(options: dict[str, int], said: str) -> None:
     with pytest.raises(InputError, match=said):
         sample_blocks(range(9), **options)
-
-
-@pytest.mark.parametrize("run", [1, 2, 5, 48, 64])
-@pytest.mark.parametrize("shared", [True, False])
-def test_calibration_that_shares_a_run_with_the_evaluation_is_refused(run: int, shared: bool) -> None:
-    rng = np.random.default_rng(run)
-    ours, theirs = rng.integers(0, 1000, 512), rng.integers(1000, 2000, 512)
-    at, length = 128 + 31, run - (not shared)  # within the second window of 128
-    theirs[3 * 128 : 3 * 128 + length] = ours[at : at + length]
-    calibration, evaluation = windows(ours, window=128), windows(theirs, window=128)
-    if not shared:
-        check_disjoint(calibration, evaluation, run=run)
-        return
-    with pytest.raises(InputError, match=rf"window 1 .* window 3 .* the {run} tokens from 31 and 0 on"):
-        check_disjoint(calibration, evaluation, run=run)
-
-
-def test_runs_are_found_as_by_comparing_all_with_all() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        ours, theirs = rng.integers(0, 2, (2, 40))
-        calibration, evaluation = windows(ours, window=20), windows(theirs, window=20)
-        pieces = [
-            {tuple(row[i : i + 7]) for row in cut.tokens.tolist() for i in range(14)}
-            for cut in (calibration, evaluation)
-        ]
-        if pieces[0] & pieces[1]:
-            with pytest.raises(InputError, match="share the 7 tokens"):
-                check_disjoint(calibration, evaluation, run=7)
-        else:
-            check_disjoint(calibration, evaluation, run=7)
-
-
-def test_calibration_on_the_evaluation_text_is_refused() -> None:
-    cut = dataclasses.replace(windows(np.arange(20), window=10), text_name="pydoc:evaluation", text_sha256="ab")
-    other = dataclasses.replace(windows(np.arange(30, 50), window=10), text_sha256="ab")
-    with pytest.raises(InputError, match="both on the text pydoc:evaluation"):
-        check_disjoint(other, cut)
-    check_disjoint(dataclasses.replace(other, text_sha256="cd"), cut)
