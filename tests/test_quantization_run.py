@@ -23,11 +23,14 @@ from jquant.data.blocks import text_windows
 from jquant.data.text import load_text
 from jquant.io import native
 from jquant.models.checkpoint import open_checkpoint
+from jquant.ptq import workdir
+from jquant.ptq.activations import OnDisk
 from jquant.ptq.coverage import Coverage
 from jquant.ptq.preflight import Estimate
 from jquant.ptq.presets import Calibration
 from jquant.ptq.recipe import Recipe, Rule, Step
 from jquant.quantization_run import in_batches, quantize_checkpoint
+from tests.io.test_system_errors import files_up_to
 from tests.tiny_checkpoint import tiny_model, write
 
 RECIPE = Recipe(
@@ -136,8 +139,6 @@ def test_schemes_of_inputs_come_back(source: Path, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_under_the_name_and_can_be_gone_on_from(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jquant.ptq import workdir
-
     _run(source, tmp_path / "whole")
 
     def full(folder: Path, part: str, tensors: Any) -> Any:
@@ -146,7 +147,7 @@ def test_a_full_disk_leaves_nothing_under_the_name_and_can_be_gone_on_from(
         return native.write_part(folder, part, tensors)
 
     monkeypatch.setattr(workdir, "write_part", full)
-    with pytest.raises(InputError, match="No space left on device; start the same command again"):
+    with pytest.raises(InputError, match="No space left on device; once it can be, start the same command again"):
         _run(source, tmp_path / "q")
     assert not (tmp_path / "q").exists()
     monkeypatch.undo()
@@ -157,11 +158,32 @@ def test_a_full_disk_leaves_nothing_under_the_name_and_can_be_gone_on_from(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "whole"]
 
 
+@pytest.mark.parametrize(
+    ("holder", "name", "options"),
+    [(workdir, "write_part", {}), (workdir.Workdir, "_save_parts", {}), (OnDisk, "put", {"spill": True})],
+)
+def test_what_the_system_says_of_a_failed_write_is_told_and_the_run_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Any, name: str, options: dict[str, Any]
+) -> None:
+    _run(source, tmp_path / "whole")
+    written = getattr(holder, name)
+
+    def limited(*arguments: Any) -> Any:
+        with files_up_to(10_000):
+            return written(*arguments)
+
+    monkeypatch.setattr(holder, name, limited)
+    with pytest.raises(InputError, match=f"{os.strerror(errno.EFBIG)}; once .* start the same command again"):
+        _run(source, tmp_path / "q", **options)
+    monkeypatch.undo()
+    _run(source, tmp_path / "q", **options)
+    assert native.open_native(tmp_path / "q").sha256 == native.open_native(tmp_path / "whole").sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q", "whole"]
+
+
 def test_an_unfinished_run_of_another_recipe_is_not_gone_on_with(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jquant.ptq import workdir
-
     def full(folder: Path, part: str, tensors: Any) -> Any:
         if part == "block-0001":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -213,8 +235,6 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
 def test_a_run_that_cannot_fit_on_disk_is_refused_and_one_that_goes_on_needs_less(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jquant.ptq import workdir
-
     heard: list[Estimate] = []
     monkeypatch.setattr("jquant.ptq.preflight._free_disk", lambda target: 1 << 12)
     with pytest.raises(InputError, match=r"q: the run writes .* on that disk: make room, or choose another --out"):

@@ -12,16 +12,14 @@ missing or cut is found when the folder is opened.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +37,7 @@ from jquant.io.json_file import read_json
 from jquant.io.mapped import TensorInfo, shown
 from jquant.io.new_folder import appearing_folder, check_new_folder
 from jquant.io.processes import is_writer, on_writer, several
+from jquant.io.system_errors import quiet, system_errors
 
 DESCRIPTION = "jquant.json"
 ARRAYS = "arrays"
@@ -363,7 +362,7 @@ def _save(folder: Path, tensors: Mapping[str, np.ndarray | jax.Array | QTensor])
 
     # Arrays of jax go as they are: numpy arrays orbax would copy first, all at once.
     arrays = {_key(name, part): array for name, tensor in tensors.items() for part, array in _parts(tensor).items()}
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with system_errors(), ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), arrays)
 
 
@@ -378,24 +377,12 @@ def _restore(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
                 primary_host=jax.process_index(), active_processes={jax.process_index()}
             )
             alone = {"multiprocessing_options": options}
-        with _quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**alone), **alone) as checkpointer:
+        with quiet("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**alone), **alone) as checkpointer:
             as_numpy = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
             return checkpointer.restore(folder.absolute(), item=dict.fromkeys(keys, 0), restore_args=as_numpy)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{folder}: the arrays are missing or damaged: {reason}") from error
-
-
-@contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Keeps a library from logging, beside the error that it raises, what becomes one line here."""
-    chosen = logging.getLogger(logger)
-    before = chosen.level
-    chosen.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        chosen.setLevel(before)
 
 
 _ = ml_dtypes  # gives numpy the small floats that dtype names in the table refer to

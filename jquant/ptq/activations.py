@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jquant.core.errors import InputError
+from jquant.io.system_errors import write_array
 from jquant.ptq.parts_on_host import Begin, from_parts, parts_of
 
 SPILLED = "activations-"  # begins the names of folders of what goes to disk
@@ -75,9 +76,12 @@ class OnDisk:
         try:
             with self._place(key, batch).open("wb") as file:
                 for part in (part for parts in arrays for part in parts.values()):
-                    np.lib.format.write_array(file, _plain(part), allow_pickle=False)
+                    write_array(file, _plain(part))
         except OSError as error:
-            raise InputError(f"{self.folder}: activations cannot be kept there: {error.strerror or error}") from error
+            raise InputError(
+                f"{self.folder}: activations cannot be kept there: {error.strerror or error}; once they can be, start "
+                "the same command again to go on from the last block"
+            ) from error
         self.trees[key, batch] = structure, [_kept(*pair) for pair in zip(leaves, arrays, strict=True)]
 
     def get(self, key: str, batch: int) -> Any:

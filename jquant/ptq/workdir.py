@@ -29,6 +29,7 @@ from jquant.io.folder_lock import locked_folder
 from jquant.io.json_file import read_json
 from jquant.io.native import ARRAYS, DESCRIPTION, complete, read_part, write_part
 from jquant.io.processes import in_all, on_writer
+from jquant.io.system_errors import write_array
 from jquant.ptq.activations import SPILLED
 from jquant.ptq.parts_on_host import Begin, begin_of, from_parts, parts_of
 
@@ -76,7 +77,7 @@ class Workdir:
             for state in states:
                 for begin, part in parts_of(state, once=True).items():
                     plain = part if part.dtype.isbuiltin == 1 else part.view(np.uint16)
-                    np.lib.format.write_array(files[begin], plain)
+                    write_array(files[begin], plain)
 
     def load_states(self, index: int, count: int, like: Any, sharding: Any) -> Iterator[jax.Array] | None:
         """What `save_states` kept for this block, batch by batch; None where it is not there.
@@ -160,12 +161,14 @@ class Workdir:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # orbax reports a full disk as a ValueError
-            if isinstance(error, InputError):
+        except (OSError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, InputError) else error
+            if isinstance(error, InputError) and not isinstance(cause, OSError):
                 raise
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
             raise InputError(
-                f"{self.path}: cannot be written: {reason}; start the same command again to go on from the last block"
+                f"{self.path}: cannot be written: {reason}; once it can be, start the same command "
+                "again to go on from the last block"
             ) from error
 
 

@@ -22,6 +22,7 @@ from jquant.core.errors import InputError
 from jquant.io.atomic import replacing
 from jquant.io.json_file import read_json
 from jquant.io.processes import on_writer
+from jquant.io.system_errors import system_errors
 
 DEFINITION = "definition.json"
 STATES = "states"
@@ -84,9 +85,11 @@ class Checkpoints:
 
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(_by_path(state)), place=ocp.args.JsonSave(place))
         try:
-            self._manager.save(step, args=arguments, metrics=None if figure is None else {"best": figure}, force=True)
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:  # orbax reports a full disk as a ValueError
+            with system_errors():
+                metrics = None if figure is None else {"best": figure}
+                self._manager.save(step, args=arguments, metrics=metrics, force=True)
+                self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self._folder}: the state of step {step} cannot be written: {reason}; start the same command again "
