@@ -75,7 +75,7 @@ def solve(w: Float[Array, "out in"], gram: Gram | None, scheme: Scheme, *, confi
 
 def cost(shape: Shape, scheme: Scheme, config: HQQConfig) -> Cost:
     """Of `solve`: a turn takes two powers, which are slow."""
-    return rounding(shape, scheme) + Cost(roundings=32 * config.turns * math.prod(shape))
+    return rounding(shape, scheme) + Cost(roundings=26 * config.turns * math.prod(shape))
 
 
 def _advice(scheme: Scheme) -> str:
