@@ -176,7 +176,13 @@ def _transform(
         apply, config = TRANSFORMS[step.name].apply, configured(TRANSFORMS, step.name, step.options)
         schemes = {path: (rules[path].scheme or "", rules[path].activation) for path in wanted}
         rounded = [path for path in wanted if not SOLVERS[rules[path].method.name].needs_gram]
-        reports += apply(Task(block, fitting, schemes, rounded, data, prefix), config)
+        done = apply(Task(block, fitting, schemes, rounded, data, prefix), config)
+        if not done:
+            raise InputError(
+                f"{step.name} on {prefix}{wanted[0]}: its options, {dict(step.options)}, pass over the places that the "
+                "rule's layers have; change them, or leave the transform out"
+            )
+        reports += done
     return reports
 
 

@@ -16,8 +16,12 @@ from jquant.nn.protocol import Equivalence, apply
 from jquant.nn.w8a8 import w8a8_layer
 from jquant.ptq import smoothquant, trial
 from jquant.ptq.fold import fold, weight_at
+from jquant.ptq.pipeline import quantize_model
+from jquant.ptq.recipe import Recipe, Rule, Step
 from jquant.ptq.smoothquant import Pair, SmoothQuantConfig
 from tests.ptq.places import PARENTS, TOKENS, captured, loss_after_folding, model_with_outliers, place_of, quantized
+from tests.ptq.test_pipeline import BATCHES
+from tests.tiny_checkpoint import tiny_model
 
 INT8 = Pair(scheme("int8:channel"), scheme("int8:token"))
 SEARCH = SmoothQuantConfig(alpha="search", grid=4, search_tokens=10**6)
@@ -117,6 +121,13 @@ def test_blocks_share_one_program(model: Decoder, inputs: dict[str, list[Any]]) 
     before = compiled._cache_size()  # type: ignore[attr-defined]
     smoothquant.search(model.blocks[1], place, absmax * 2, _pairs(place), inputs["attn"], config=SEARCH)
     assert compiled._cache_size() == before  # type: ignore[attr-defined]
+
+
+def test_options_that_pass_over_all_places_are_refused() -> None:
+    step = Step("smoothquant", (("places", "norms"), ("alpha", 0.5)))
+    rule = Rule(layers=("down_proj",), scheme="int8:channel", activation="int8:token", transforms=(step,))
+    with pytest.raises(InputError, match="smoothquant on blocks.0.mlp.down_proj: its options, .*'norms'.*, pass over"):
+        quantize_model(tiny_model(), Recipe(rules=(rule,)), BATCHES)
 
 
 def test_places_are_chosen(model: Decoder) -> None:
