@@ -126,7 +126,7 @@ def test_blocks_share_one_program(model: Decoder, inputs: dict[str, list[Any]]) 
 def test_options_that_pass_over_all_places_are_refused() -> None:
     step = Step("smoothquant", (("places", "norms"), ("alpha", 0.5)))
     rule = Rule(layers=("down_proj",), scheme="int8:channel", activation="int8:token", transforms=(step,))
-    with pytest.raises(InputError, match="smoothquant on blocks.0.mlp.down_proj: its options, .*'norms'.*, pass over"):
+    with pytest.raises(InputError, match=r"smoothquant on blocks.0.mlp.down_proj: its options, .*'norms'.*, pass over"):
         quantize_model(tiny_model(), Recipe(rules=(rule,)), BATCHES)
 
 
