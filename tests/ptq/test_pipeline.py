@@ -150,6 +150,37 @@ def test_padding_is_not_in_the_range_of_static_inputs() -> None:
     assert not np.allclose(scales(with_padding), scales(expected), rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("method", "spec"),
+    [
+        ("awq", "int4:g32:asym"),
+        ("awq", "int3:g32"),
+        ("awq+gptq", "int3:g32"),
+        ("smoothquant@int8:token", "int8:channel"),
+        ("smoothquant@int4:tensor", "int8:channel"),
+    ],
+)
+def test_padding_is_not_in_the_searches_of_transforms(method: str, spec: str) -> None:
+    """Not in the statistics, nor in the errors, whatever the padding's embedding is."""
+    padding = 7
+
+    def transforms(batches: Any, masks: Any) -> list[tuple[float, float, float]]:
+        model = tiny_model()
+        table = model.embed.weight.get_value()
+        model.embed.weight.set_value(table.at[padding].set(0).at[padding, 0].set(1000.0))
+        _, coverage = quantize_model(model, one_rule(method, spec), batches, masks=masks)
+        return [(each.choice, each.before, each.after) for each in coverage.transforms]
+
+    real = [np.where(batch == padding, padding + 1, batch) for batch in BATCHES]
+    padded = [np.pad(batch, ((0, 0), (0, 16)), constant_values=padding) for batch in real]
+    masks = [np.arange(80)[None].repeat(2, 0) < 64 for _ in real]
+    expected, found = transforms(real, None), transforms(padded, masks)
+    np.testing.assert_array_equal(np.asarray(found)[:, 0], np.asarray(expected)[:, 0])
+    np.testing.assert_allclose(np.asarray(found)[:, 1:], np.asarray(expected)[:, 1:], rtol=2e-3)
+    without_masks = transforms(padded, None)
+    assert not np.allclose(np.asarray(without_masks)[:, 1:], np.asarray(expected)[:, 1:], rtol=2e-2)
+
+
 def test_activations_on_disk_change_nothing(tmp_path: Any, quantized: tuple[Any, Coverage]) -> None:
     store = OnDisk(tmp_path)
     found, _ = quantize_model(tiny_model(), _plain(), BATCHES, store=store)
