@@ -33,7 +33,7 @@ from jquant.ptq.activations import InMemory, Store
 from jquant.ptq.ahead import Ahead
 from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_data, solve
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
-from jquant.ptq.data import Data, Products
+from jquant.ptq.data import Data, Products, check_masks, check_tokens
 from jquant.ptq.recipe import Recipe, Rule, assign, refuse_packed
 from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules
 from jquant.ptq.solver import check_finite
@@ -165,6 +165,9 @@ def quantize_blocks(
     needs_data = any(map(rule_needs_data, rules.values()))
     if needs_data and (not batches or np.shape(batches[0])[-1] < 2):
         raise InputError("the recipe's methods learn from data: give calibration batches of at least 2 tokens")
+    if needs_data and batches:
+        check_tokens(batches, shapes[EMBEDDING][0])
+        check_masks(masks, [tuple(np.shape(batch)) for batch in batches])
     length = np.shape(batches[0])[-1] if needs_data and batches else 1
     run = _Run(
         rules=rules,

@@ -181,6 +181,34 @@ def test_padding_is_not_in_the_searches_of_transforms(method: str, spec: str) ->
     assert not np.allclose(np.asarray(without_masks)[:, 1:], np.asarray(expected)[:, 1:], rtol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("batches", "masks", "message"),
+    [
+        (
+            [BATCHES[0], BATCHES[1][:, :32]],
+            None,
+            r"batch 1 is \[2, 32\], the first \[2, 64\]: give batches of one shape",
+        ),
+        ([BATCHES[0] + 1000], None, r"batch 0 holds token ids outside of 0 … \d+"),
+        ([BATCHES[0] - 300], None, "batch 0 holds token ids outside"),
+        ([BATCHES[0].astype(np.float32)], None, r"batch 0 is float32\[2, 64\]: give token ids"),
+        ([BATCHES[0][0]], None, r"batch 0 is int32\[64\]: give token ids"),
+        ([BATCHES[0].tolist()], None, r"batch 0 is list\[2, 64\]: give token ids"),
+        (BATCHES, [np.ones((2, 64), bool)], f"1 masks for {len(BATCHES)} calibration batches"),
+        (BATCHES, [np.ones((2, 63), bool)] * len(BATCHES), r"mask 0 is \[2, 63\] for a calibration batch of \[2, 64\]"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(batches: Any, masks: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), _plain(), batches, masks=masks)
+
+
+def test_masks_of_other_modules_are_one_a_batch() -> None:
+    x = jnp.ones((32, 24))
+    with pytest.raises(InputError, match="1 masks for 2 calibration batches"):
+        quantize_model(MLP(nnx.Rngs(0)), one_rule("gptq", "int4:g8", layers=(".",)), [x, x], masks=[jnp.ones(32, bool)])
+
+
 def test_activations_on_disk_change_nothing(tmp_path: Any, quantized: tuple[Any, Coverage]) -> None:
     store = OnDisk(tmp_path)
     found, _ = quantize_model(tiny_model(), _plain(), BATCHES, store=store)
