@@ -26,6 +26,7 @@ from jquant.ptq.pipeline import Event, quantize_model
 from jquant.ptq.recipe import Recipe, Rule, Step, one_rule
 from jquant.ptq.rule_check import check_rules
 from tests.jitted import dequantize
+from tests.ptq.places import model_with_outliers
 from tests.tiny_checkpoint import tiny_model
 
 RNG = np.random.default_rng(0)
@@ -261,14 +262,21 @@ def test_activations_are_quantized_where_a_rule_says_so(activation: str) -> None
 
 
 @pytest.mark.slow
-def test_awq_then_gptq_is_better_than_either_start() -> None:
-    errors = {}
-    for name in ("rtn", "awq", "awq+gptq"):
-        model, _ = quantize_model(tiny_model(), one_rule(name, "int3:g32:asym"), BATCHES)
-        expected = apply(tiny_model(), jnp.asarray(BATCHES[0]))
-        errors[name] = float(jnp.linalg.norm(apply(model, jnp.asarray(BATCHES[0])) - expected))
-    assert errors["awq+gptq"] < errors["rtn"]
-    assert errors["awq"] < errors["rtn"]
+@pytest.mark.parametrize("spec", ["int4:g32:asym", "int2:g32:asym"])
+def test_awq_then_gptq_is_better_than_either(spec: str) -> None:
+    """On channels of different sizes: the layers that the block's input reaches, and logits of other tokens."""
+    others = jnp.asarray(np.random.default_rng(9).integers(0, 200, (8, 64)), jnp.int32)
+    expected = apply(model_with_outliers(), others)
+    first = [f"blocks.0.attn.{name}_proj" for name in "qkv"]
+    layers, logits = {}, {}
+    for name in ("rtn", "awq", "gptq", "awq+gptq"):
+        model, coverage = quantize_model(model_with_outliers(), one_rule(name, spec), BATCHES)
+        logits[name] = float(jnp.linalg.norm(apply(model, others) - expected))
+        layers[name] = np.asarray([each.error for each in coverage.layers if each.path in first])
+    for name in ("awq", "gptq"):
+        assert np.all(layers["awq+gptq"] < layers[name])
+        assert np.all(layers[name] < layers["rtn"])
+        assert logits["awq+gptq"] < logits[name] < logits["rtn"]
 
 
 class MLP(nnx.Module):
