@@ -48,7 +48,7 @@ on the same machine, as the first one was at its limit of 576 s:
 Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94 .89
 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31 .32
 .32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of
-profiles of earlier runs; tokens are of later ones, fp8's of another than the others'. In one program with a loop over 16
+profiles of earlier runs; tokens are of later ones, fp8's of its own. In one program with a loop over 16
 tokens (int4's took longer than a minute to compile) bf16 takes 1.52 for 1.75.
 
 The product of one row, by what was tried: a kernel, and one of XLA's that sums its parts and puts the next x in order,
