@@ -299,6 +299,55 @@ def test_bad_data_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([BATCHES[0], BATCHES[1][:, :32]], r"batch 1 is \(2, 32\), batch 0 \(2, 64\): give all in one shape"),
+        ([BATCHES[0], BATCHES[1] + 1000], r"batch 1 holds token id 1\d\d\d, outside the model's vocabulary of 257"),
+        ([BATCHES[0] - 300], r"batch 0 holds token id -\d+, outside"),
+        ([BATCHES[0].astype(np.float32)], r"batch 0 is float32\[2, 64\]: give token ids as integer arrays"),
+        (list(BATCHES[0]), r"batch 0 is int32\[64\]: give token ids as integer arrays \[batch, time\]"),
+        ([BATCHES[0].tolist()], "batch 0 is a list: give token ids"),
+        ([BATCHES[0][:, :1]], "at least 2 tokens"),
+        ([BATCHES[0][:0]], "at least 2 tokens"),
+        (np.stack(BATCHES)[:0], "at least 2 tokens"),
+    ],
+)
+def test_batches_that_are_not_windows_of_tokens_are_refused(
+    batches: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), _plain(), batches)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([np.ones((2, 64), bool)], "1 masks for 4 calibration batches: give one a batch"),
+        ([np.ones((2, 64), bool)] * 5, "5 masks for 4 calibration batches"),
+        ([np.ones((2, 32), bool)] * 4, r"mask 0 is \(2, 32\), its batch \(2, 64\): give one entry a token"),
+        ([np.zeros((2, 64), np.float32)] * 4, r"mask 0 is float32\[2, 64\]: give boolean arrays"),
+        ([None] * 4, "mask 0 is a NoneType: give boolean arrays"),
+    ],
+)
+def test_masks_that_do_not_fit_their_batches_are_refused(
+    masks: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), _plain(), BATCHES, masks=masks)
+
+
+def test_masks_of_a_module_that_is_no_decoder_are_one_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jquant.ptq.whole_module.quantize_block", _must_not_run)
+    recipe, data = one_rule("gptq", "int4:g8", layers=(".",)), [jnp.ones((32, 24))] * 2
+    with pytest.raises(InputError, match="1 masks for 2 calibration batches"):
+        quantize_model(MLP(nnx.Rngs(0)), recipe, data, masks=[np.ones(32, bool)])
+    with pytest.raises(InputError, match=r"mask 0 is float32\[32\]: give boolean arrays"):
+        quantize_model(MLP(nnx.Rngs(0)), recipe, data, masks=[np.ones(32, np.float32)] * 2)
+
+
+@pytest.mark.parametrize(
     ("method", "spec", "message"),
     [
         ("gptq", "q4_0", r"layer blocks\.0\.attn\.k_proj: GPTQ to q4_0"),
