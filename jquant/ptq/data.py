@@ -1,4 +1,4 @@
-"""The calibration batches as the block at hand sees them."""
+"""The calibration batches: what is asked of those given, and those that the block at hand sees."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jquant.core.errors import InputError
 from jquant.nn.capture import Arguments
+from jquant.nn.placement import fetched
 from jquant.nn.surgery import Path
 from jquant.ptq.activations import Store
 
@@ -33,33 +35,51 @@ class Data:
         return "bfloat16" if self.narrow else "float32"
 
 
-def check_tokens(batches: Sequence[Any], vocabulary: int) -> None:
-    """Raises InputError where batches are not token ids int [batch, time], all of one shape and in the vocabulary."""
-    shapes = [tuple(np.shape(batch)) for batch in batches]
+def check_tokens(batches: Sequence[Any], masks: Sequence[Any] | None, vocabulary: int | None) -> None:
+    """Raises InputError where a batch is no array of token ids, of another shape or outside the vocabulary, or a mask
+    does not fit it.
+
+    Args:
+        batches: token ids, int32 [batch, time].
+        masks: True for the positions that count, bool [batch, time]; None where all do.
+        vocabulary: how many tokens the model knows; None where that is unknown.
+    """
     for index, batch in enumerate(batches):
-        kind = getattr(batch, "dtype", None)
-        if len(shapes[index]) != 2 or kind is None or not np.issubdtype(kind, np.integer):
-            kind = type(batch).__name__ if kind is None else kind
-            raise InputError(f"calibration batch {index} is {kind}{list(shapes[index])}: give token ids [batch, time]")
-        if shapes[index] != shapes[0]:
-            raise InputError(
-                f"calibration batch {index} is {list(shapes[index])}, the first {list(shapes[0])}: give batches of one "
-                "shape, shorter ones padded, with masks"
-            )
-        if getattr(batch, "is_fully_addressable", True) and not 0 <= np.min(batch) <= np.max(batch) < vocabulary:
-            raise InputError(f"calibration batch {index} holds token ids outside of 0 … {vocabulary - 1}")
+        what = f"calibration batch {index}"
+        if not _is_array(batch, jnp.integer) or batch.ndim != 2:
+            raise InputError(f"{what} is {_described(batch)}: give token ids as integer arrays [batch, time]")
+        if batch.shape != batches[0].shape:
+            raise InputError(f"{what} is {batch.shape}, batch 0 {batches[0].shape}: give all in one shape")
+    if len(batches) == 0 or batches[0].shape[0] < 1 or batches[0].shape[1] < 2:
+        raise InputError("the recipe's methods learn from data: give calibration batches of at least 2 tokens")
+    for index, batch in enumerate(batches):
+        ids = fetched(batch)
+        for worst in (int(ids.min()), int(ids.max())):
+            if worst < 0 or (vocabulary is not None and worst >= vocabulary):
+                raise InputError(
+                    f"calibration batch {index} holds token id {worst}, outside the model's vocabulary of "
+                    f"{vocabulary}: use its own tokenizer"
+                )
+    check_masks(masks, len(batches), batches[0].shape)
 
 
-def check_masks(masks: Sequence[Any] | None, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raises InputError where there is not one mask a batch, of its rows: `shapes`, of which some axes may be left out
-    at the end."""
+def check_masks(masks: Sequence[Any] | None, count: int, shape: tuple[int, ...] | None = None) -> None:
+    """Raises InputError unless there is a boolean array, of that shape, for each of so many batches, or no mask at
+    all."""
     if masks is None:
         return
-    if len(masks) != len(shapes):
-        raise InputError(f"{len(masks)} masks for {len(shapes)} calibration batches: give one a batch")
-    for index, (mask, shape) in enumerate(zip(masks, shapes, strict=True)):
-        found = tuple(np.shape(mask))
-        if not found or found != shape[: len(found)]:
-            raise InputError(
-                f"mask {index} is {list(found)} for a calibration batch of {list(shape)}: it must have an entry a row"
-            )
+    if len(masks) != count:
+        raise InputError(f"{len(masks)} masks for {count} calibration batches: give one a batch")
+    for index, mask in enumerate(masks):
+        if not _is_array(mask, jnp.bool_):
+            raise InputError(f"mask {index} is {_described(mask)}: give boolean arrays, True for positions that count")
+        if shape is not None and mask.shape != shape:
+            raise InputError(f"mask {index} is {mask.shape}, its batch {shape}: give one entry a token")
+
+
+def _is_array(value: Any, kind: Any) -> bool:
+    return isinstance(value, np.ndarray | jax.Array) and jnp.issubdtype(value.dtype, kind)
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if _is_array(value, jnp.generic) else f"a {type(value).__name__}"

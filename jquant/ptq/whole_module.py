@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -48,7 +47,7 @@ def quantize_whole(
         given = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
         if not given:
             raise InputError("the recipe's methods learn from data: give at least one calibration batch")
-        check_masks(masks, [tuple(np.shape(batch[0])) for batch in given])
+        check_masks(masks, len(given))
         data = Data(
             count=len(given),
             arguments=lambda batch: spread_batch(given[batch], mesh),

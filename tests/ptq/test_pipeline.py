@@ -182,34 +182,6 @@ def test_padding_is_not_in_the_searches_of_transforms(method: str, spec: str) ->
     assert not np.allclose(np.asarray(without_masks)[:, 1:], np.asarray(expected)[:, 1:], rtol=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("batches", "masks", "message"),
-    [
-        (
-            [BATCHES[0], BATCHES[1][:, :32]],
-            None,
-            r"batch 1 is \[2, 32\], the first \[2, 64\]: give batches of one shape",
-        ),
-        ([BATCHES[0] + 1000], None, r"batch 0 holds token ids outside of 0 … \d+"),
-        ([BATCHES[0] - 300], None, "batch 0 holds token ids outside"),
-        ([BATCHES[0].astype(np.float32)], None, r"batch 0 is float32\[2, 64\]: give token ids"),
-        ([BATCHES[0][0]], None, r"batch 0 is int32\[64\]: give token ids"),
-        ([BATCHES[0].tolist()], None, r"batch 0 is list\[2, 64\]: give token ids"),
-        (BATCHES, [np.ones((2, 64), bool)], f"1 masks for {len(BATCHES)} calibration batches"),
-        (BATCHES, [np.ones((2, 63), bool)] * len(BATCHES), r"mask 0 is \[2, 63\] for a calibration batch of \[2, 64\]"),
-    ],
-)
-def test_batches_that_do_not_fit_are_refused(batches: Any, masks: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        quantize_model(tiny_model(), _plain(), batches, masks=masks)
-
-
-def test_masks_of_other_modules_are_one_a_batch() -> None:
-    x = jnp.ones((32, 24))
-    with pytest.raises(InputError, match="1 masks for 2 calibration batches"):
-        quantize_model(MLP(nnx.Rngs(0)), one_rule("gptq", "int4:g8", layers=(".",)), [x, x], masks=[jnp.ones(32, bool)])
-
-
 def test_activations_on_disk_change_nothing(tmp_path: Any, quantized: tuple[Any, Coverage]) -> None:
     store = OnDisk(tmp_path)
     found, _ = quantize_model(tiny_model(), _plain(), BATCHES, store=store)
@@ -332,6 +304,55 @@ def test_bad_data_is_named() -> None:
     weight.set_value(weight.get_value().at[0, 0].set(jnp.inf))
     with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up_proj: its weight holds a NaN or an infinity"):
         quantize_model(wrong, one_rule("rtn", "int4:g32"))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([BATCHES[0], BATCHES[1][:, :32]], r"batch 1 is \(2, 32\), batch 0 \(2, 64\): give all in one shape"),
+        ([BATCHES[0], BATCHES[1] + 1000], r"batch 1 holds token id 1\d\d\d, outside the model's vocabulary of 257"),
+        ([BATCHES[0] - 300], r"batch 0 holds token id -\d+, outside"),
+        ([BATCHES[0].astype(np.float32)], r"batch 0 is float32\[2, 64\]: give token ids as integer arrays"),
+        (list(BATCHES[0]), r"batch 0 is int32\[64\]: give token ids as integer arrays \[batch, time\]"),
+        ([BATCHES[0].tolist()], "batch 0 is a list: give token ids"),
+        ([BATCHES[0][:, :1]], "at least 2 tokens"),
+        ([BATCHES[0][:0]], "at least 2 tokens"),
+        (np.stack(BATCHES)[:0], "at least 2 tokens"),
+    ],
+)
+def test_batches_that_are_not_windows_of_tokens_are_refused(
+    batches: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), _plain(), batches)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([np.ones((2, 64), bool)], "1 masks for 4 calibration batches: give one a batch"),
+        ([np.ones((2, 64), bool)] * 5, "5 masks for 4 calibration batches"),
+        ([np.ones((2, 32), bool)] * 4, r"mask 0 is \(2, 32\), its batch \(2, 64\): give one entry a token"),
+        ([np.zeros((2, 64), np.float32)] * 4, r"mask 0 is float32\[2, 64\]: give boolean arrays"),
+        ([None] * 4, "mask 0 is a NoneType: give boolean arrays"),
+    ],
+)
+def test_masks_that_do_not_fit_their_batches_are_refused(
+    masks: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), _plain(), BATCHES, masks=masks)
+
+
+def test_masks_of_a_module_that_is_no_decoder_are_one_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jquant.ptq.whole_module.quantize_block", _must_not_run)
+    recipe, data = one_rule("gptq", "int4:g8", layers=(".",)), [jnp.ones((32, 24))] * 2
+    with pytest.raises(InputError, match="1 masks for 2 calibration batches"):
+        quantize_model(MLP(nnx.Rngs(0)), recipe, data, masks=[np.ones(32, bool)])
+    with pytest.raises(InputError, match=r"mask 0 is float32\[32\]: give boolean arrays"):
+        quantize_model(MLP(nnx.Rngs(0)), recipe, data, masks=[np.ones(32, np.float32)] * 2)
 
 
 @pytest.mark.parametrize(
