@@ -43,7 +43,7 @@ MEASURED: tuple[tuple[str, str, float], ...] = (
     ("int4:g64:asym:fp16", "gptq", 15.183),
     ("int4:g64:asym:fp16", "hqq", 20.643),
     ("nf4:g64:dq", "rtn", 19.129),
-    ("nvfp4", "gptq", 15.050),
+    ("nvfp4", "gptq", 15.026),
     ("mxfp4", "gptq", 16.364),
     ("q4_0", "rtn", 18.073),
     ("iq4_nl", "rtn", 17.498),
