@@ -77,7 +77,7 @@ def quantize_command(config: QuantizeConfig) -> None:
 def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
     """The windows that the recipe learns from."""
     from jquant.data.blocks import text_windows
-    from jquant.data.text import load_text
+    from jquant.data.text import load_calibration
     from jquant.ptq.presets import Calibration, recommended
 
     advised = config.calibration == "recommended"
@@ -91,7 +91,7 @@ def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
             f"{advice.windows} of {advice.window}",
             highlight=False,
         )
-    windows = text_windows(load_text(source), tokenizer, window=window, limit=count)
+    windows = text_windows(load_calibration(source), tokenizer, window=window, limit=count)
     if len(windows.tokens) < count:
         raise InputError(
             f"calibration text {source!r} has {windows.total_tokens} tokens, {count} windows of {window} need "
@@ -195,8 +195,8 @@ def _perplexity_measure(
         )  # of one window there is none
         return {
             "perplexity": f"{found.value:.4f}{error}",
-            "measured on": f"`{text.name}`, {len(windows.tokens)} windows of {config.window} tokens, text sha256 "
-            f"`{text.sha256}`",
+            "measured on": f"`{windows.text_name}`, {len(windows.tokens)} windows of {config.window} tokens, text "
+            f"sha256 `{windows.text_sha256}`",
         }
 
     return measure

@@ -33,7 +33,8 @@ class QuantizeConfig:
     layers: Names = (r"^blocks\.",)
     """With `scheme`: regular expressions of the layers to quantize."""
     calibration: str = "pydoc:calibration"
-    """What methods learn from: a file, a folder, the name of a text, or `recommended`: the guide's choice."""
+    """What methods learn from: a file, a folder, a name (pydoc, wikitext, c4, pile, openplatypus; of datasets the train
+    split, unless as wikitext:validation), or `recommended`: the guide's choice."""
     calibration_windows: int | None = None
     """How many windows of it, from its start; by default 32, or what is recommended where that is asked for."""
     window: int | None = None
