@@ -54,7 +54,7 @@ class QuantizeConfig:
     coverage: bool = False
     """Print what was done to every layer; the folder's coverage.json always says so."""
     verbose: bool = False
-    """Print each block's time and largest error as it is done."""
+    """Print each layer's loss and time as its block is done; else those of the last block stand under the bar."""
 
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.scheme is None):

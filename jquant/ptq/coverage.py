@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,16 @@ class Coverage:
         if self.fallbacks:
             text += f"; {len(self.fallbacks)} FELL BACK to rounding: {', '.join(self.fallbacks[:5])}"
         return text
+
+
+def layer_lines(layers: Sequence[LayerReport]) -> list[str]:
+    """For each layer its path, relative error, and seconds: of layers that were solved together, each an equal part."""
+    longest = max((len(layer.path) for layer in layers), default=0)
+    return [
+        f"{layer.path:<{longest}}  loss {layer.error:.2e}  {layer.seconds:.2f} s"
+        + ("  FELL BACK to rounding" if layer.fallback else "")
+        for layer in layers
+    ]
 
 
 def render(coverage: Coverage) -> Any:

@@ -53,6 +53,7 @@ class Event:
     total: int
     reports: tuple[LayerReport, ...]
     seconds: float
+    found: bool  # an earlier run finished it
 
 
 Listener = Callable[[Event], None]
@@ -98,7 +99,7 @@ def quantize_model(
             summed over "data" and whole on every device, as their factors are.
         workdir: keeps finished parts, so that a killed run goes on (ptq/workdir.py).
         store: of activations; by default in memory.
-        progress: hears of every finished block.
+        progress: hears of every finished block, and what became of each of its layers.
         products: what the factors of products are rounded to, and of Gram matrices, while calibration data go through
             the layers that have a rule, but for stacks of experts, and through attention between such layers; sums, and
             all between products, are float32 either way, and so are the statistics of transforms. Of GPTQ's report
@@ -118,7 +119,13 @@ def quantize_model(
     if not all(hasattr(model, part) for part in ("embed", "blocks", "head")):
         if products != "float32":
             raise InputError(f"products of {products}: only layers of a decoder multiply in it; leave it at float32")
-        return model, quantize_whole(model, recipe, batches, masks, mesh, store)
+        coverage = quantize_whole(model, recipe, batches, masks, mesh, store)
+        if progress is not None:
+            event = Event(
+                part="module", done=1, total=1, reports=coverage.layers, seconds=coverage.seconds, found=False
+            )
+            progress(event)
+        return model, coverage
     decoder = cast(CausalLM, model)
 
     def put_back(index: int, block: nnx.Module) -> None:
@@ -197,7 +204,14 @@ def quantize_blocks(
         transforms += rewritten
         if progress is not None:
             seconds = time.perf_counter() - began
-            event = Event(part=part, done=index + 1, total=source.depth + 1, reports=tuple(reports), seconds=seconds)
+            event = Event(
+                part=part,
+                done=index + 1,
+                total=source.depth + 1,
+                reports=tuple(reports),
+                seconds=seconds,
+                found=found is not None,
+            )
             progress(event)
     left = tuple(path for path in shapes if path not in rules)
     seconds = time.perf_counter() - started

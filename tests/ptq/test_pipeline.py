@@ -239,11 +239,14 @@ class ConvNet(nnx.Module):
 def test_any_module_is_quantized(kind: Any, shape: tuple[int, ...]) -> None:
     data = [jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32) for i in range(6)]
     expected = kind(nnx.Rngs(0))(data[0])
-    errors = {}
+    errors, heard = {}, list[Event]()
     for name in ("rtn", "gptq"):
-        model, coverage = quantize_model(kind(nnx.Rngs(0)), one_rule(name, "int4:g8", layers=(".",)), data)
+        recipe = one_rule(name, "int4:g8", layers=(".",))
+        model, coverage = quantize_model(kind(nnx.Rngs(0)), recipe, data, progress=heard.append)
         errors[name] = float(jnp.linalg.norm(model(data[0]) - expected) / jnp.linalg.norm(expected))
         assert len(coverage.layers) == (2 if kind is MLP else 3)
+        assert [event.reports for event in heard] == [coverage.layers]
+        heard.clear()
     assert errors["gptq"] < errors["rtn"] < 0.3
 
 
