@@ -160,8 +160,31 @@ def test_a_run_that_goes_on_says_nothing_of_what_was_done_before(
     assert "blocks.1.mlp.down_proj  loss" in said
 
 
+def test_too_few_tokens_are_refused_before_the_work(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.calib.gram._INPUTS_PER_ROW", 32)
+    words = ["quantize", str(source), "--window", "2", "--calibration-windows", "1", "--out", str(tmp_path / "q")]
+    assert main([*words, "--method", "awq", "--scheme", "int4:g32"]) == 2
+    assert "calibration data of 2 tokens for 96 inputs: too few" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--scheme", "int4:g32"]) == 0  # which learns from none
+
+
+@pytest.mark.filterwarnings("default::jquant.core.errors.InputWarning")
+def test_fewer_tokens_than_inputs_are_warned_of(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quantize", str(source), "--method", "gptq", "--scheme", "int4:g32", "--window", "48"]
+    for count in ("1", "2"):
+        assert main([*words, "--calibration-windows", count, "--out", str(tmp_path / count)]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        expected = "jquant: warning: calibration data of 48 tokens for the 96 inputs of layer blocks.0.mlp.down_proj: "
+        assert (expected in said) == (count == "1")
+
+
 def test_products_of_bfloat16_are_another_result_and_the_folder_says_so(source: Path, tmp_path: Path) -> None:
-    words = ["--scheme", "int4:g32", "--method", "gptq", "--calibration-windows", "2", "--window", "32"]
+    words = ["--scheme", "int4:g32", "--method", "gptq", "--calibration-windows", "2", "--window", "64"]
     for products in ("float32", "bfloat16"):
         out = tmp_path / products
         assert main(["quantize", str(source), *words, "--products", products, "--out", str(out)]) == 0

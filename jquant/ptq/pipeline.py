@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jquant.calib import gram
 from jquant.core.errors import InputError
 from jquant.io.freed_memory import return_freed_memory
 from jquant.kernels.dispatch import quick_compilation
@@ -35,7 +36,7 @@ from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_d
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
 from jquant.ptq.data import Data, Products
 from jquant.ptq.recipe import Recipe, Rule, assign, refuse_packed
-from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules
+from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules, inputs_of_gram
 from jquant.ptq.solver import check_finite
 from jquant.ptq.source import ModelSource, Source
 from jquant.ptq.whole_module import quantize_whole
@@ -172,6 +173,10 @@ def quantize_blocks(
     needs_data = any(map(rule_needs_data, rules.values()))
     if needs_data and (not batches or np.shape(batches[0])[-1] < 2):
         raise InputError("the recipe's methods learn from data: give calibration batches of at least 2 tokens")
+    if needs_data and batches:
+        tokens = sum(int(np.sum(each)) for each in masks) if masks else sum(map(np.size, batches))
+        gram.check_rows(inputs_of_gram(rules, shapes), tokens)
+        gram.warn_of_few(inputs_of_gram(rules, shapes), tokens)
     length = np.shape(batches[0])[-1] if needs_data and batches else 1
     run = _Run(
         rules=rules,

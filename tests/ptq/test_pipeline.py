@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jquant.calib import gram
-from jquant.core.errors import InputError
+from jquant.core.errors import InputError, InputWarning
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.nn.capture import capture
@@ -326,7 +326,11 @@ def test_a_transform_that_finds_no_place_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_few_tokens_are_damped_and_reported() -> None:
     """Fewer rows than inputs: H is singular, and the damping makes a factor of it."""
-    _, coverage = quantize_model(tiny_model(), _plain(), [BATCHES[0][:1, :16]])
+    masks = [np.arange(64)[None] < 16]
+    with pytest.warns(InputWarning, match=r"data of 16 tokens for the 96 inputs of layer blocks\.0\.mlp\.down_proj"):
+        quantize_model(tiny_model(), _plain(), [BATCHES[0][:1]], masks=masks)
+    with pytest.warns(InputWarning, match="16 tokens"):
+        _, coverage = quantize_model(tiny_model(), _plain(), [BATCHES[0][:1, :16]])
     assert all(layer.damping > 0.0099 and not layer.fallback for layer in coverage.layers)
 
 
