@@ -15,8 +15,8 @@ Below 1 because our layer's gradient of a weight is not JAX's (nn/product.py): w
 that W8A8 tiled is 1.11.
 
 H100, of several runs, plain 30.0 to 31.6 ms: int4:g128 1.013, its LSQ 1.28, nf4:g64 1.043, W8A8 per channel and token
-1.044, tiled 1.033, nvfp4 1.066. With the decoder's own layers: 1.004 to 1.010, 1.045, 1.05, 0.944 (its forward pass
-multiplies int8 by int8; two runs, 0.943 and 0.945), 1.028, 1.065 (the last two of an earlier state).
+1.044, tiled 1.033, nvfp4 1.066. With the decoder's own layers: 1.004 to 1.010, 1.045, 1.05, 0.945 (its forward pass
+multiplies int8 by int8; of three runs, 0.943 to 0.954), 1.028, 1.065 (the last two of an earlier state).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -86,6 +87,7 @@ class Seen(NamedTuple):
     absmean: Mapping[Path, Array]
     grams: Mapping[Path, Gram]  # layers that read the same input have the same one
     calls: Mapping[Path, Sequence[Arguments]]  # of the places' parents, but for those that are layers themselves
+    masks: Mapping[Path, Sequence[Array]] = MappingProxyType({})  # of these calls, where there is padding
 
 
 def rewrite(
@@ -122,6 +124,7 @@ def rewrite(
             jnp.asarray(seen.absmean[first]),
             schemes,
             inputs=seen.calls.get(place.parent, ()),
+            masks=seen.masks.get(place.parent, ()),
             gram=seen.grams[first] if inside or solved else None,
             solved=solved,
             config=config,
@@ -183,6 +186,7 @@ def search(
     schemes: Mapping[Path, Scheme],
     *,
     inputs: Sequence[Arguments] = (),
+    masks: Sequence[Array] = (),
     gram: Gram | None = None,
     solved: bool = False,
     config: AWQConfig | None = None,
@@ -195,6 +199,7 @@ def search(
         absmean: mean |x| of every channel that reaches the consumers, [experts, channels] where they are experts.
         schemes: of the consumers that will be quantized, by path in the block.
         inputs: what the place's parent was called with; not needed where the parent is the consumer itself.
+        masks: of these calls, True for the rows that count; none where all do.
         gram: of the consumers' input; needed there, and where GPTQ follows.
         solved: GPTQ follows, and is tried with each candidate.
         config: by default 20 values of r with duo scaling.
@@ -218,7 +223,8 @@ def search(
         else:
             errors = _output_errors(weights[0], gram.matrix, scales, chosen[place.parent])
     else:
-        errors = output_errors(block, place, some_inputs(inputs, config.search_tokens), scales, scaled_layer, chosen)
+        inputs, masks = some_inputs(inputs, masks, config.search_tokens)
+        errors = output_errors(block, place, inputs, scales, scaled_layer, chosen, masks)
     return _best(place, scales, errors, config)
 
 

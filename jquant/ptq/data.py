@@ -1,14 +1,18 @@
-"""The calibration batches as the block at hand sees them."""
+"""The calibration batches: what is asked of those given, and those that the block at hand sees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from jquant.core.errors import InputError
 from jquant.nn.capture import Arguments
+from jquant.nn.placement import fetched
 from jquant.nn.surgery import Path
 from jquant.ptq.activations import Store
 
@@ -29,3 +33,53 @@ class Data:
     def products(self) -> Products:
         """What factors of statistics and reports are rounded to."""
         return "bfloat16" if self.narrow else "float32"
+
+
+def check_tokens(batches: Sequence[Any], masks: Sequence[Any] | None, vocabulary: int | None) -> None:
+    """Raises InputError where a batch is no array of token ids, of another shape or outside the vocabulary, or a mask
+    does not fit it.
+
+    Args:
+        batches: token ids, int32 [batch, time].
+        masks: True for the positions that count, bool [batch, time]; None where all do.
+        vocabulary: how many tokens the model knows; None where that is unknown.
+    """
+    for index, batch in enumerate(batches):
+        what = f"calibration batch {index}"
+        if not _is_array(batch, jnp.integer) or batch.ndim != 2:
+            raise InputError(f"{what} is {_described(batch)}: give token ids as integer arrays [batch, time]")
+        if batch.shape != batches[0].shape:
+            raise InputError(f"{what} is {batch.shape}, batch 0 {batches[0].shape}: give all in one shape")
+    if len(batches) == 0 or batches[0].shape[0] < 1 or batches[0].shape[1] < 2:
+        raise InputError("the recipe's methods learn from data: give calibration batches of at least 2 tokens")
+    for index, batch in enumerate(batches):
+        ids = fetched(batch)
+        for worst in (int(ids.min()), int(ids.max())):
+            if worst < 0 or (vocabulary is not None and worst >= vocabulary):
+                raise InputError(
+                    f"calibration batch {index} holds token id {worst}, outside the model's vocabulary of "
+                    f"{vocabulary}: use its own tokenizer"
+                )
+    check_masks(masks, len(batches), batches[0].shape)
+
+
+def check_masks(masks: Sequence[Any] | None, count: int, shape: tuple[int, ...] | None = None) -> None:
+    """Raises InputError unless there is a boolean array, of that shape, for each of so many batches, or no mask at
+    all."""
+    if masks is None:
+        return
+    if len(masks) != count:
+        raise InputError(f"{len(masks)} masks for {count} calibration batches: give one a batch")
+    for index, mask in enumerate(masks):
+        if not _is_array(mask, jnp.bool_):
+            raise InputError(f"mask {index} is {_described(mask)}: give boolean arrays, True for positions that count")
+        if shape is not None and mask.shape != shape:
+            raise InputError(f"mask {index} is {mask.shape}, its batch {shape}: give one entry a token")
+
+
+def _is_array(value: Any, kind: Any) -> bool:
+    return isinstance(value, np.ndarray | jax.Array) and jnp.issubdtype(value.dtype, kind)
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if _is_array(value, jnp.generic) else f"a {type(value).__name__}"

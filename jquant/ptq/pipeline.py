@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -34,7 +33,7 @@ from jquant.ptq.activations import InMemory, Store
 from jquant.ptq.ahead import Ahead
 from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_data, solve
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
-from jquant.ptq.data import Data, Products
+from jquant.ptq.data import Data, Products, check_tokens
 from jquant.ptq.recipe import Recipe, Rule, assign, refuse_packed
 from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules, inputs_of_gram
 from jquant.ptq.solver import check_finite
@@ -95,7 +94,7 @@ def quantize_model(
         recipe: what happens to which layers.
         batches: calibration data: token ids int32 [batch, time], all of one shape; for other modules the arrays, or
             tuples of arrays, that they are called with. None where no rule needs data.
-        masks: one a batch, True for the positions that count; None where there is no padding.
+        masks: one a batch, bool, True for the positions that count; None where there is no padding.
         mesh: of nn/mesh.py: batches are spread over "data", rows of weights over "fsdp" and "tensor". Gram matrices are
             summed over "data" and whole on every device, as their factors are.
         workdir: keeps finished parts, so that a killed run goes on (ptq/workdir.py).
@@ -112,7 +111,7 @@ def quantize_model(
         The model, its layers replaced by packed ones, and the coverage report.
 
     Raises:
-        InputError: the recipe does not fit the model, or the data does not fit the recipe; products are of a dtype
+        InputError: the recipe does not fit the model, or the data does not fit either; products are of a dtype
             that there is not, or of bfloat16 and the model is no decoder.
     """
     store = InMemory() if store is None else store
@@ -171,13 +170,14 @@ def quantize_blocks(
     check_rules(rules, shapes, batches is not None, places=source.equivalences(), masked=masks is not None)
     check_products(products, rules)
     needs_data = any(map(rule_needs_data, rules.values()))
-    if needs_data and (not batches or np.shape(batches[0])[-1] < 2):
-        raise InputError("the recipe's methods learn from data: give calibration batches of at least 2 tokens")
-    if needs_data and batches:
-        tokens = sum(int(np.sum(each)) for each in masks) if masks else sum(map(np.size, batches))
+    length = 1
+    if needs_data:
+        assert batches is not None
+        check_tokens(batches, masks, shapes[EMBEDDING][0] if EMBEDDING in shapes else None)
+        tokens = sum(map(np.size, batches)) if masks is None else sum(int(np.sum(mask)) for mask in masks)
         gram.check_rows(inputs_of_gram(rules, shapes), tokens)
         gram.warn_of_few(inputs_of_gram(rules, shapes), tokens)
-    length = np.shape(batches[0])[-1] if needs_data and batches else 1
+        length = batches[0].shape[1]
     run = _Run(
         rules=rules,
         batches=batches if needs_data else None,

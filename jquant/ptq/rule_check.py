@@ -65,8 +65,9 @@ def _check_places(rules: Mapping[Path, Rule], places: Sequence[Equivalence]) -> 
     parts: dict[str, dict[Path, Rule]] = {}
     for path, rule in rules.items():
         if rule.transforms:
-            depth = 2 if path.startswith("blocks.") else 1
-            prefix = "".join(f"{name}." for name in path.split(".")[:depth])
+            names = path.split(".")
+            depth = 2 if names[0] == "blocks" else min(1, len(names) - 1)
+            prefix = "".join(f"{name}." for name in names[:depth])
             parts.setdefault(prefix, {})[path.removeprefix(prefix)] = rule
     for prefix, inside in parts.items():
         for step in dict.fromkeys(step for rule in inside.values() for step in rule.transforms):

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -87,6 +88,7 @@ def rewrite(
     pairs: Mapping[Path, Pair],
     absmax: Mapping[Path, Array],
     calls: Mapping[Path, Sequence[Arguments]],
+    masks: Mapping[Path, Sequence[Array]] = MappingProxyType({}),
     *,
     config: SmoothQuantConfig,
 ) -> list[Rewrite]:
@@ -98,12 +100,14 @@ def rewrite(
         pairs: of all layers that will be quantized, by path in the block.
         absmax: of their inputs' channels, by path.
         calls: of the places' parents, by path.
+        masks: of these calls, where there is padding.
         config: with a fixed α, or one searched for.
     """
     rewrites = []
     for place in smoothed_places(block, places, config=config):
         largest = jnp.asarray(absmax[place.consumers[0]])
-        found = search(block, place, largest, pairs, calls.get(place.parent, ()), config=config)
+        parent = calls.get(place.parent, ()), masks.get(place.parent, ())
+        found = search(block, place, largest, pairs, *parent, config=config)
         fold(block, place, found.scales)
         rewrites.append(found)
     return rewrites
@@ -115,6 +119,7 @@ def search(
     absmax: Float[Array, "*experts channels"],
     pairs: Mapping[Path, Pair],
     inputs: Sequence[Arguments] = (),
+    masks: Sequence[Array] = (),
     *,
     config: SmoothQuantConfig | None = None,
 ) -> Rewrite:
@@ -126,6 +131,7 @@ def search(
         absmax: largest |x| of every channel that reaches the consumers, [experts, channels] where they are experts.
         pairs: schemes of the consumers that will be quantized, by path in the block.
         inputs: what the place's parent was called with; a fixed α needs none, and then reports no losses.
+        masks: of these calls, True for the rows that count; none where all do.
         config: by default α = 0.5.
 
     Raises:
@@ -143,7 +149,8 @@ def search(
     choices = jnp.asarray([*alphas, jnp.nan], jnp.float32)
     if config.alpha != "search" and not inputs:
         return Rewrite(place, scales[0], choices[0], jnp.float32(jnp.nan), jnp.float32(jnp.nan))
-    errors = output_errors(block, place, some_inputs(inputs, config.search_tokens), scales, smoothed_layer, chosen)
+    inputs, masks = some_inputs(inputs, masks, config.search_tokens)
+    errors = output_errors(block, place, inputs, scales, smoothed_layer, chosen, masks)
     best = jnp.nanargmin(errors) if config.alpha == "search" else 0
     return Rewrite(place, scales[best], choices[best], errors[-1], errors[best])
 

@@ -67,7 +67,7 @@ def configured(registry: Mapping[str, Any], name: str, options: Sequence[tuple[s
 def _awq(task: Task, config: awq.AWQConfig) -> list[TransformReport]:
     seen = _observe(task, config.search_tokens)
     schemes = {path: scheme(weight) for path, (weight, _) in task.schemes.items()}
-    statistics = awq.Seen(seen.absmean, seen.grams, seen.calls)
+    statistics = awq.Seen(seen.absmean, seen.grams, seen.calls, seen.masks)
     found, _ = awq.rewrite(task.block, task.places, schemes, statistics, rounded=task.rounded, config=config)
     return [_report("awq", each, task.prefix) for each in found]
 
@@ -78,7 +78,7 @@ def _smoothquant(task: Task, config: smoothquant.SmoothQuantConfig) -> list[Tran
         for path, (weight, activation) in task.schemes.items()
     }
     seen = _observe(task, config.search_tokens)
-    found = smoothquant.rewrite(task.block, task.places, pairs, seen.absmax, seen.calls, config=config)
+    found = smoothquant.rewrite(task.block, task.places, pairs, seen.absmax, seen.calls, seen.masks, config=config)
     return [_report("smoothquant", each, task.prefix) for each in found]
 
 
@@ -91,12 +91,13 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 class _Seen(NamedTuple):
-    """Of the float block: statistics of every layer's input, and calls of the places' parents."""
+    """Of the float block: statistics of every layer's input, and calls of the places' parents, with their masks."""
 
     absmax: dict[Path, jax.Array]
     absmean: dict[Path, jax.Array]
     grams: dict[Path, Gram]
     calls: dict[Path, list[Arguments]]
+    masks: dict[Path, list[jax.Array]]  # empty where there is no padding
 
 
 def _observe(task: Task, tokens: int) -> _Seen:
@@ -107,6 +108,7 @@ def _observe(task: Task, tokens: int) -> _Seen:
     kept = _spread(data, tokens)
     states: dict[Path, _States] = {}
     calls: dict[Path, list[Arguments]] = {}
+    masks: dict[Path, list[jax.Array]] = {}
     for batch in range(data.count):
         wanted = (*(group[0] for group in groups), *(parents if batch in kept else ()))
         found = capture(task.block, wanted, data.arguments(batch))
@@ -116,7 +118,9 @@ def _observe(task: Task, tokens: int) -> _Seen:
                 states[group[0]] = _update(states.get(group[0]), call, data.mask(batch), experts)
         for parent in parents if batch in kept else ():
             calls.setdefault(parent, []).extend(found[parent])
-    seen = _Seen({}, {}, {}, calls)
+            if (mask := data.mask(batch)) is not None:
+                masks.setdefault(parent, []).extend([mask] * len(found[parent]))
+    seen = _Seen({}, {}, {}, calls, masks)
     for group in groups:
         state = states[group[0]]
         finished = gram.finalize(state.gram)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import Scheme
@@ -59,6 +59,7 @@ def output_errors(
     scales: Float[Array, "candidates *experts channels"],
     make: Make,
     options: Mapping[Path, Any],
+    masks: Sequence[Bool[Array, "*batch"]] = (),
 ) -> Float[Array, " candidates"]:
     """Relative errors of the output of a place's parent.
 
@@ -69,6 +70,7 @@ def output_errors(
         scales: one set a candidate.
         make: a function at module level, since compiled programs are found by it.
         options: of `make`, hashable, by path of a consumer; consumers that are not named stay as they are.
+        masks: of each call the rows that count, or none at all; the others are zeros then, and their outputs no errors.
 
     Raises:
         InputError: there are no inputs, or they differ in shape.
@@ -80,14 +82,21 @@ def output_errors(
     graphdef, state = nnx.split(module_at(block, place.parent))
     inner = tuple((path[len(place.parent) + 1 :], option) for path, option in options.items())
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
-    return _output_errors(graphdef, make, inner, state, scales, stacked)
+    counts = jnp.stack(masks)[..., None] if masks else None
+    if counts is not None:
+        x, *others = stacked
+        stacked = (jnp.where(counts, x, jnp.zeros((), x.dtype)), *others)
+    return _output_errors(graphdef, make, inner, state, scales, stacked, counts)
 
 
-def some_inputs(inputs: Sequence[Arguments], tokens: int) -> list[Arguments]:
-    """As many calls, spread evenly, as hold `tokens` rows of their first argument; at least one."""
+def some_inputs(
+    inputs: Sequence[Arguments], masks: Sequence[Array], tokens: int
+) -> tuple[list[Arguments], list[Array]]:
+    """As many calls, spread evenly, as hold `tokens` rows of their first argument, at least one, and their masks."""
     if not inputs:
-        return []
-    return [inputs[index] for index in spread_evenly(len(inputs), math.prod(inputs[0][0].shape[:-1]), tokens)]
+        return [], []
+    chosen = spread_evenly(len(inputs), math.prod(inputs[0][0].shape[:-1]), tokens)
+    return [inputs[index] for index in chosen], [masks[index] for index in chosen] if masks else []
 
 
 def spread_evenly(calls: int, rows: int, tokens: int) -> list[int]:
@@ -104,18 +113,22 @@ def _output_errors(
     state: nnx.State,
     scales: Array,
     inputs: Arguments,
+    counts: Array | None,
 ) -> Array:
     expected = jax.lax.map(lambda call: _wide(nnx.merge(graphdef, state)(*call)), inputs)
+    if counts is not None:
+        expected = jnp.where(counts, expected, 0.0)
 
     def error(candidate: Array) -> Array:
         made_graphdef, made_state = nnx.split(_with_layers(nnx.merge(graphdef, state), candidate, make, options))
 
-        def one_call(total: Array, call: tuple[Arguments, Array]) -> tuple[Array, None]:
-            arguments, wanted = call
+        def one_call(total: Array, call: tuple[Arguments, Array, Array | None]) -> tuple[Array, None]:
+            arguments, wanted, count = call
             difference = _wide(nnx.merge(made_graphdef, made_state)(*arguments)) - wanted
+            difference = difference if count is None else jnp.where(count, difference, 0.0)
             return total + jnp.sum(difference * difference), None
 
-        return jax.lax.scan(one_call, jnp.float32(0), (inputs, expected))[0]
+        return jax.lax.scan(one_call, jnp.float32(0), (inputs, expected, counts))[0]
 
     return jax.lax.map(error, scales) / jnp.sum(expected * expected)
 

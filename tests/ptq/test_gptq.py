@@ -328,6 +328,22 @@ def test_stacked_layers_and_shared_factors(config: GPTQConfig) -> None:
         np.testing.assert_allclose(dequantize(both.qtensor)[index], dequantize(alone.qtensor), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_program_is_no_larger_for_more_columns(config: GPTQConfig) -> None:
+    """It is traced for 14,336 inputs; nothing is unrolled, or compiling would take minutes."""
+
+    def operations(columns: int) -> int:
+        weight = jax.ShapeDtypeStruct((256, columns), jnp.float32)
+        square = jax.ShapeDtypeStruct((columns, columns), jnp.float32)
+        known = gram.Gram(square, jax.ShapeDtypeStruct((), jnp.float32))
+        traced = gptq.programs(weight, known, scheme("int4:g128"), config)
+        return sum(program.lower().as_text().count(" = ") for program in traced)
+
+    small, large = operations(2048), operations(14336)
+    assert small > 500
+    assert large < 1.3 * small
+
+
 def test_no_second_compilation() -> None:
     solve: Any = gptq._solve
     gptq.solve(jnp.asarray(W), GRAM, scheme("int4:g32"))

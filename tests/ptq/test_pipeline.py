@@ -26,6 +26,7 @@ from jquant.ptq.pipeline import Event, quantize_model
 from jquant.ptq.recipe import Recipe, Rule, Step, one_rule
 from jquant.ptq.rule_check import check_rules
 from tests.jitted import dequantize
+from tests.ptq.places import model_with_outliers
 from tests.tiny_checkpoint import tiny_model
 
 RNG = np.random.default_rng(0)
@@ -150,6 +151,37 @@ def test_padding_is_not_in_the_range_of_static_inputs() -> None:
     assert not np.allclose(scales(with_padding), scales(expected), rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("method", "spec"),
+    [
+        ("awq", "int4:g32:asym"),
+        ("awq", "int3:g32"),
+        ("awq+gptq", "int3:g32"),
+        ("smoothquant@int8:token", "int8:channel"),
+        ("smoothquant@int4:tensor", "int8:channel"),
+    ],
+)
+def test_padding_is_not_in_the_searches_of_transforms(method: str, spec: str) -> None:
+    """Not in the statistics, nor in the errors, whatever the padding's embedding is."""
+    padding = 7
+
+    def transforms(batches: Any, masks: Any) -> list[tuple[float, float, float]]:
+        model = tiny_model()
+        table = model.embed.weight.get_value()
+        model.embed.weight.set_value(table.at[padding].set(0).at[padding, 0].set(1000.0))
+        _, coverage = quantize_model(model, one_rule(method, spec), batches, masks=masks)
+        return [(each.choice, each.before, each.after) for each in coverage.transforms]
+
+    real = [np.where(batch == padding, padding + 1, batch) for batch in BATCHES]
+    padded = [np.pad(batch, ((0, 0), (0, 16)), constant_values=padding) for batch in real]
+    masks = [np.arange(80)[None].repeat(2, 0) < 64 for _ in real]
+    expected, found = transforms(real, None), transforms(padded, masks)
+    np.testing.assert_array_equal(np.asarray(found)[:, 0], np.asarray(expected)[:, 0])
+    np.testing.assert_allclose(np.asarray(found)[:, 1:], np.asarray(expected)[:, 1:], rtol=2e-3)
+    without_masks = transforms(padded, None)
+    assert not np.allclose(np.asarray(without_masks)[:, 1:], np.asarray(expected)[:, 1:], rtol=2e-2)
+
+
 def test_activations_on_disk_change_nothing(tmp_path: Any, quantized: tuple[Any, Coverage]) -> None:
     store = OnDisk(tmp_path)
     found, _ = quantize_model(tiny_model(), _plain(), BATCHES, store=store)
@@ -202,14 +234,21 @@ def test_activations_are_quantized_where_a_rule_says_so(activation: str) -> None
 
 
 @pytest.mark.slow
-def test_awq_then_gptq_is_better_than_either_start() -> None:
-    errors = {}
-    for name in ("rtn", "awq", "awq+gptq"):
-        model, _ = quantize_model(tiny_model(), one_rule(name, "int3:g32:asym"), BATCHES)
-        expected = apply(tiny_model(), jnp.asarray(BATCHES[0]))
-        errors[name] = float(jnp.linalg.norm(apply(model, jnp.asarray(BATCHES[0])) - expected))
-    assert errors["awq+gptq"] < errors["rtn"]
-    assert errors["awq"] < errors["rtn"]
+@pytest.mark.parametrize("spec", ["int4:g32:asym", "int2:g32:asym"])
+def test_awq_then_gptq_is_better_than_either(spec: str) -> None:
+    """On channels of different sizes: the layers that the block's input reaches, and logits of other tokens."""
+    others = jnp.asarray(np.random.default_rng(9).integers(0, 200, (8, 64)), jnp.int32)
+    expected = apply(model_with_outliers(), others)
+    first = [f"blocks.0.attn.{name}_proj" for name in "qkv"]
+    layers, logits = {}, {}
+    for name in ("rtn", "awq", "gptq", "awq+gptq"):
+        model, coverage = quantize_model(model_with_outliers(), one_rule(name, spec), BATCHES)
+        logits[name] = float(jnp.linalg.norm(apply(model, others) - expected))
+        layers[name] = np.asarray([each.error for each in coverage.layers if each.path in first])
+    for name in ("awq", "gptq"):
+        assert np.all(layers["awq+gptq"] < layers[name])
+        assert np.all(layers[name] < layers["rtn"])
+        assert logits["awq+gptq"] < logits[name] < logits["rtn"]
 
 
 class MLP(nnx.Module):
@@ -268,6 +307,55 @@ def test_bad_data_is_named() -> None:
     weight.set_value(weight.get_value().at[0, 0].set(jnp.inf))
     with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up_proj: its weight holds a NaN or an infinity"):
         quantize_model(wrong, one_rule("rtn", "int4:g32"))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([BATCHES[0], BATCHES[1][:, :32]], r"batch 1 is \(2, 32\), batch 0 \(2, 64\): give all in one shape"),
+        ([BATCHES[0], BATCHES[1] + 1000], r"batch 1 holds token id 1\d\d\d, outside the model's vocabulary of 257"),
+        ([BATCHES[0] - 300], r"batch 0 holds token id -\d+, outside"),
+        ([BATCHES[0].astype(np.float32)], r"batch 0 is float32\[2, 64\]: give token ids as integer arrays"),
+        (list(BATCHES[0]), r"batch 0 is int32\[64\]: give token ids as integer arrays \[batch, time\]"),
+        ([BATCHES[0].tolist()], "batch 0 is a list: give token ids"),
+        ([BATCHES[0][:, :1]], "at least 2 tokens"),
+        ([BATCHES[0][:0]], "at least 2 tokens"),
+        (np.stack(BATCHES)[:0], "at least 2 tokens"),
+    ],
+)
+def test_batches_that_are_not_windows_of_tokens_are_refused(
+    batches: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), _plain(), batches)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([np.ones((2, 64), bool)], "1 masks for 4 calibration batches: give one a batch"),
+        ([np.ones((2, 64), bool)] * 5, "5 masks for 4 calibration batches"),
+        ([np.ones((2, 32), bool)] * 4, r"mask 0 is \(2, 32\), its batch \(2, 64\): give one entry a token"),
+        ([np.zeros((2, 64), np.float32)] * 4, r"mask 0 is float32\[2, 64\]: give boolean arrays"),
+        ([None] * 4, "mask 0 is a NoneType: give boolean arrays"),
+    ],
+)
+def test_masks_that_do_not_fit_their_batches_are_refused(
+    masks: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
+    with pytest.raises(InputError, match=message):
+        quantize_model(tiny_model(), _plain(), BATCHES, masks=masks)
+
+
+def test_masks_of_a_module_that_is_no_decoder_are_one_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jquant.ptq.whole_module.quantize_block", _must_not_run)
+    recipe, data = one_rule("gptq", "int4:g8", layers=(".",)), [jnp.ones((32, 24))] * 2
+    with pytest.raises(InputError, match="1 masks for 2 calibration batches"):
+        quantize_model(MLP(nnx.Rngs(0)), recipe, data, masks=[np.ones(32, bool)])
+    with pytest.raises(InputError, match=r"mask 0 is float32\[32\]: give boolean arrays"):
+        quantize_model(MLP(nnx.Rngs(0)), recipe, data, masks=[np.ones(32, np.float32)] * 2)
 
 
 @pytest.mark.parametrize(
