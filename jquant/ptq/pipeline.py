@@ -26,7 +26,7 @@ from jquant.kernels.dispatch import quick_compilation
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
 from jquant.nn.matrices import layer_shapes, packed_paths
-from jquant.nn.placement import batch_sharding, copied, place_module, spread_batch
+from jquant.nn.placement import batch_sharding, copied, fetched, place_module, spread_batch
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
 from jquant.ptq.activations import InMemory, Store
@@ -174,7 +174,7 @@ def quantize_blocks(
     if needs_data:
         assert batches is not None
         check_tokens(batches, masks, shapes[EMBEDDING][0] if EMBEDDING in shapes else None)
-        tokens = sum(map(np.size, batches)) if masks is None else sum(int(np.sum(mask)) for mask in masks)
+        tokens = sum(map(np.size, batches)) if masks is None else sum(int(fetched(mask).sum()) for mask in masks)
         gram.check_rows(inputs_of_gram(rules, shapes), tokens)
         gram.warn_of_few(inputs_of_gram(rules, shapes), tokens)
         length = batches[0].shape[1]
