@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tyro
@@ -22,7 +24,7 @@ from jquant.commands.evaluate import diagnose_command, eval_command, sweep_comma
 from jquant.commands.generate import generate_command
 from jquant.commands.make import export_command, qat_command, quantize_command
 from jquant.config_file import read_config_file
-from jquant.core.errors import InputError
+from jquant.core.errors import InputError, InputWarning
 from jquant.evaluation.config import EvalConfig
 from jquant.evaluation.diagnose_config import DiagnoseConfig
 from jquant.evaluation.validate_config import ValidateConfig
@@ -49,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"jquant {__version__}")
         return 0
-    code = _reported(words)
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        code = _reported(words)
     if "jquant.distributed" in sys.modules:
         sys.modules["jquant.distributed"].leave(code)
     return code
@@ -84,6 +88,15 @@ def _reported(words: list[str]) -> int:
         sys.stderr.close()
         return 0
     return code or 0
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
+    if issubclass(category, InputWarning):
+        print(f"jquant: warning: {message}", file=sys.stderr)
+    else:
+        otherwise(message, category, *where, **more)
 
 
 def _parse(config_type: type, command: str, words: list[str]) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jquant import __version__
+from jquant.calib.gram import check_rows
 from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
 from jquant.data.overlap import calibration_record
@@ -33,7 +34,7 @@ from jquant.ptq.data import Products
 from jquant.ptq.pipeline import Event, quantize_blocks
 from jquant.ptq.preflight import Estimate, estimate
 from jquant.ptq.recipe import Recipe, Rule, assign
-from jquant.ptq.rule_check import check_products, check_rules
+from jquant.ptq.rule_check import check_products, check_rules, inputs_of_gram
 from jquant.ptq.workdir import open_workdir
 
 NUMERICS = 12  # raised when a change moves bits: an unfinished run of another value is not gone on with
@@ -88,6 +89,7 @@ def quantize_checkpoint(
     check_products(products, rules)
     batches = None
     if calibration is not None:
+        check_rows(inputs_of_gram(rules, shapes), calibration.tokens.size)
         check_length(checkpoint.config, calibration.window)
         batches = in_batches(calibration.tokens, batch, mesh)
     tokenizer = tokenizer_files(checkpoint.tokenizer())  # a damaged one is found now, not behind the last block

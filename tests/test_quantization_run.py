@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jquant.cli import main
 from jquant.commands.options import calibration_batch
@@ -113,8 +115,76 @@ def test_activations_on_disk_change_no_bit(source: Path, tmp_path: Path) -> None
     assert native.open_native(tmp_path / "a").sha256 == native.open_native(tmp_path / "b").sha256
 
 
+def test_progress_says_loss_and_time_of_every_layer(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line each where asked for; else those of the block last done stand under the bar."""
+    words = ["quantize", str(source), "--scheme", "int4:g32", "--method", "gptq", "--calibration-windows", "4"]
+    words += ["--window", "64", "--out"]
+    assert main([*words, str(tmp_path / "said"), "--verbose"]) == 0
+    layers = json.loads((tmp_path / "said" / "coverage.json").read_text())["layers"]
+    assert len(layers) == 14
+    expected = [[layer["path"], "loss", f"{layer['error']:.2e}", f"{layer['seconds']:.2f}", "s"] for layer in layers]
+    said = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in said if line[:1] and line[0].startswith("blocks.")] == expected
+    assert [line[0] for line in said if line[:1] and line[0].startswith("block-")] == ["block-0000:", "block-0001:"]
+
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80)
+    monkeypatch.setattr("jquant.commands.terminal.new_console", lambda stderr=False: terminal)
+    monkeypatch.setattr("rich.progress.Progress.update", lambda self, *_, **__: self.refresh())
+    assert main([*words, str(tmp_path / "bar")]) == 0
+    for layer in layers:
+        assert f"{layer['path']:<22}  loss {layer['error']:.2e}  " in shown.getvalue()
+
+
+def test_a_run_that_goes_on_says_nothing_of_what_was_done_before(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["quantize", str(source), "--scheme", "int4:g32", "--out", str(tmp_path / "q"), "--verbose"]
+    finish = workdir.Workdir.finish
+
+    def stopped(self: Any, part: str, *arguments: Any) -> None:
+        if part == "block-0001":
+            raise KeyboardInterrupt
+        finish(self, part, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.Workdir, "finish", stopped)
+        assert main(words) == 130
+    assert "blocks.0.mlp.down_proj  loss" in capsys.readouterr().err
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "going on behind 1 of 3 parts" in said
+    assert "blocks.0." not in said
+    assert "blocks.1.mlp.down_proj  loss" in said
+
+
+def test_too_few_tokens_are_refused_before_the_work(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jquant.calib.gram._INPUTS_PER_ROW", 32)
+    words = ["quantize", str(source), "--window", "2", "--calibration-windows", "1", "--out", str(tmp_path / "q")]
+    assert main([*words, "--method", "awq", "--scheme", "int4:g32"]) == 2
+    assert "calibration data of 2 tokens for 96 inputs: too few" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--scheme", "int4:g32"]) == 0  # which learns from none
+
+
+@pytest.mark.filterwarnings("default::jquant.core.errors.InputWarning")
+def test_fewer_tokens_than_inputs_are_warned_of(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quantize", str(source), "--method", "gptq", "--scheme", "int4:g32", "--window", "48"]
+    for count in ("1", "2"):
+        assert main([*words, "--calibration-windows", count, "--out", str(tmp_path / count)]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        expected = "jquant: warning: calibration data of 48 tokens for the 96 inputs of layer blocks.0.mlp.down_proj: "
+        assert (expected in said) == (count == "1")
+
+
 def test_products_of_bfloat16_are_another_result_and_the_folder_says_so(source: Path, tmp_path: Path) -> None:
-    words = ["--scheme", "int4:g32", "--method", "gptq", "--calibration-windows", "2", "--window", "32"]
+    words = ["--scheme", "int4:g32", "--method", "gptq", "--calibration-windows", "2", "--window", "64"]
     for products in ("float32", "bfloat16"):
         out = tmp_path / products
         assert main(["quantize", str(source), *words, "--products", products, "--out", str(out)]) == 0

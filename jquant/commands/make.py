@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jquant.commands.options import calibration_batch, default_batch
-from jquant.commands.terminal import new_console, progress_bar
+from jquant.commands.terminal import new_console, progress_bar, told_progress
 from jquant.core.errors import InputError
 from jquant.models.export_config import ConvertConfig, ExportConfig
 from jquant.ptq.config import WINDOW, WINDOWS, QuantizeConfig
@@ -24,7 +24,7 @@ def quantize_command(config: QuantizeConfig) -> None:
     from jquant.models.checkpoint import open_checkpoint
     from jquant.nn.matrices import layer_shapes
     from jquant.nn.mesh import make_mesh
-    from jquant.ptq.coverage import render
+    from jquant.ptq.coverage import layer_lines, render
     from jquant.ptq.pipeline import Event
     from jquant.ptq.presets import calibrated, find_recipe
     from jquant.ptq.recipe import one_rule
@@ -42,13 +42,15 @@ def quantize_command(config: QuantizeConfig) -> None:
     windows = None
     if calibrated(recipe):
         windows = _calibration(config, checkpoint.tokenizer(), recipe)
-    with progress_bar(f"quantizing {checkpoint.config.num_layers} blocks", checkpoint.config.num_layers + 1) as advance:
+    blocks = checkpoint.config.num_layers
+    with told_progress(f"quantizing {blocks} blocks", blocks + 1) as advance:
 
         def heard(event: Event) -> None:
-            advance(event.done)
-            worst = max((layer.error for layer in event.reports), default=0.0)
-            if event.reports and config.verbose:
-                new_console(stderr=True).print(f"{event.part}: {event.seconds:.1f} s, largest error {worst:.2e}")
+            lines = [] if event.found else layer_lines(event.reports)
+            advance(event.done, () if config.verbose else lines)
+            if lines and config.verbose:
+                said = "\n".join([*lines, f"{event.part}: {event.seconds:.1f} s"])
+                new_console(stderr=True).print(said, highlight=False, markup=False, soft_wrap=True)
 
         coverage = quantize_checkpoint(
             checkpoint,
@@ -62,7 +64,7 @@ def quantize_command(config: QuantizeConfig) -> None:
             mesh=mesh,
             on_estimate=lambda estimate: new_console(stderr=True).print(f"[dim]{estimate}[/dim]", highlight=False),
             on_resume=lambda parts: new_console(stderr=True).print(
-                f"going on behind {parts} of {checkpoint.config.num_layers + 1} parts that an earlier run finished",
+                f"going on behind {parts} of {blocks + 1} parts that an earlier run finished",
                 highlight=False,
             ),
             progress=heard,
@@ -77,7 +79,7 @@ def quantize_command(config: QuantizeConfig) -> None:
 def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
     """The windows that the recipe learns from."""
     from jquant.data.blocks import text_windows
-    from jquant.data.text import load_text
+    from jquant.data.text import load_calibration
     from jquant.ptq.presets import Calibration, recommended
 
     advised = config.calibration == "recommended"
@@ -91,7 +93,7 @@ def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
             f"{advice.windows} of {advice.window}",
             highlight=False,
         )
-    windows = text_windows(load_text(source), tokenizer, window=window, limit=count)
+    windows = text_windows(load_calibration(source), tokenizer, window=window, limit=count)
     if len(windows.tokens) < count:
         raise InputError(
             f"calibration text {source!r} has {windows.total_tokens} tokens, {count} windows of {window} need "
@@ -195,8 +197,8 @@ def _perplexity_measure(
         )  # of one window there is none
         return {
             "perplexity": f"{found.value:.4f}{error}",
-            "measured on": f"`{text.name}`, {len(windows.tokens)} windows of {config.window} tokens, text sha256 "
-            f"`{text.sha256}`",
+            "measured on": f"`{windows.text_name}`, {len(windows.tokens)} windows of {config.window} tokens, text "
+            f"sha256 `{windows.text_sha256}`",
         }
 
     return measure

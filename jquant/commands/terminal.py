@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import Progress
+    with told_progress(title, total) as advance:
+        yield lambda done: advance(done, ())
 
-    with Progress(console=new_console(stderr=True), transient=True) as progress:
+
+@contextlib.contextmanager
+def told_progress(title: str, total: int) -> Iterator[Callable[[int, Sequence[str]], None]]:
+    """A bar, and under it the lines that are given with what is done."""
+    from rich.progress import Progress
+    from rich.text import Text
+
+    class Told(Progress):
+        lines: Sequence[str] = ()
+
+        def get_renderables(self) -> Iterator[Any]:
+            yield self.make_tasks_table(self.tasks)
+            yield from (Text(line, style="dim") for line in self.lines)
+
+    with Told(console=new_console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda done: progress.update(task, completed=done)
+
+        def advance(done: int, lines: Sequence[str]) -> None:
+            progress.lines = lines
+            progress.update(task, completed=done)
+
+        yield advance
 
 
 @contextlib.contextmanager

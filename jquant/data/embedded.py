@@ -58,6 +58,6 @@ def _topics() -> dict[str, str]:
     except ImportError as error:
         raise InputError(
             "text 'pydoc' needs the standard library's pydoc_data, which this Python lacks; "
-            "install it or give --text FILE"
+            "install it or give a file of text"
         ) from error
     return dict(sorted(topics.items()))

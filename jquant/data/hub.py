@@ -44,6 +44,8 @@ DATASETS = {
     ),
 }
 
+OTHER_NAMES = {"wikitext": "wikitext2"}
+
 
 def read_dataset(name: str, split: str) -> str:
     r"""The documents of a dataset's split, joined by `\n\n`, empty ones included.
@@ -65,7 +67,7 @@ def read_dataset(name: str, split: str) -> str:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            f"text {name!r} needs the package 'datasets': pip install 'jquant[eval]', or give --text FILE"
+            f"text {name!r} needs the package 'datasets': pip install 'jquant[eval]', or give a file of text"
         ) from error
     try:
         records = datasets.load_dataset(
@@ -76,7 +78,7 @@ def read_dataset(name: str, split: str) -> str:
         said = " ".join(str(error).split())
         raise InputError(
             f"text {name!r}: {dataset.hub_id} could not be read from the Hugging Face hub ({said}); "
-            "check the network and HF_HOME, or give --text FILE"
+            "check the network and HF_HOME, or give a file of text"
         ) from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from jquant.core.errors import InputError
 from jquant.data.embedded import PARTS, read_part
 from jquant.data.files import read_file, read_folder, split_field
-from jquant.data.hub import DATASETS, read_dataset
+from jquant.data.hub import DATASETS, OTHER_NAMES, read_dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ def load_text(source: str | Path) -> Text:
     | `FILE` | the file's characters as they are; `.gz` is decompressed |
     | `FILE.jsonl[.gz]`, `FILE.jsonl[.gz]#FIELD` | the strings of FIELD (default `text`), joined by `\n\n` |
     | `FOLDER` | its text and JSON-lines files at any depth, in the order of their names, joined by `\n\n` |
-    | `wikitext2`, `c4`, `pile`, `openplatypus`, or `NAME:SPLIT` | a Hugging Face dataset: see `jquant.data.hub` |
+    | `wikitext2` or `wikitext`, `c4`, `pile`, `openplatypus`; `NAME:SPLIT` | a Hugging Face dataset: see `data.hub` |
     | `pydoc`, `pydoc:calibration` | parts of the standard library's language reference: see `jquant.data.embedded` |
 
     Args:
@@ -49,18 +49,36 @@ def load_text(source: str | Path) -> Text:
     return Text(content=content, name=name, sha256=hashlib.sha256(content.encode("utf-8")).hexdigest())
 
 
+def load_calibration(source: str | Path) -> Text:
+    """As `load_text`, but a dataset named without a split is its train split, and `pydoc` its calibration part: what
+    `load_text` reads by these names is for evaluation.
+
+    Reference: IST-DASLab/gptq, datautils.py, which calibrates on the train splits of wikitext2 and c4.
+    """
+    if isinstance(source, str):
+        known = OTHER_NAMES.get(source, source)
+        if known == "pydoc" or known in DATASETS:
+            source = f"{known}:{'calibration' if known == 'pydoc' else 'train'}"
+    return load_text(source)
+
+
 def text_names() -> tuple[str, ...]:
     """Every name that `load_text` knows, first those that need no network."""
     embedded = tuple("pydoc" if part == PARTS[0] else f"pydoc:{part}" for part in PARTS)
-    return embedded + tuple(
-        name if split == dataset.splits[0] else f"{name}:{split}"
-        for name, dataset in DATASETS.items()
-        for split in dataset.splits
+    return (
+        embedded
+        + tuple(
+            name if split == dataset.splits[0] else f"{name}:{split}"
+            for name, dataset in DATASETS.items()
+            for split in dataset.splits
+        )
+        + tuple(OTHER_NAMES)
     )
 
 
 def _read_named_or_path(source: str) -> tuple[str, str]:
     name, _, part = source.partition(":")
+    name = OTHER_NAMES.get(name, name)
     if name == "pydoc":
         part = part or PARTS[0]
         return f"{name}:{part}", read_part(part)

@@ -141,7 +141,12 @@ def block_outputs(block: nnx.Module, solved: Solved, data: Data, *, ahead: Ahead
 def rule_needs_data(rule: Rule) -> bool:
     """Whether the rule's methods learn from calibration data."""
     static = rule.activation is not None and isinstance(parse_scheme(rule.activation).granularity, Tensor)
-    return bool(rule.transforms) or SOLVERS[rule.method.name].needs_gram or static
+    return uses_gram(rule) or static
+
+
+def uses_gram(rule: Rule) -> bool:
+    """Whether the rule's methods learn from the Gram matrix of a layer's input."""
+    return bool(rule.transforms) or SOLVERS[rule.method.name].needs_gram
 
 
 def fitting_places(

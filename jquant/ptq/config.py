@@ -33,7 +33,8 @@ class QuantizeConfig:
     layers: Names = (r"^blocks\.",)
     """With `scheme`: regular expressions of the layers to quantize."""
     calibration: str = "pydoc:calibration"
-    """What methods learn from: a file, a folder, the name of a text, or `recommended`: the guide's choice."""
+    """What methods learn from: a file, a folder, a name (pydoc, wikitext, c4, pile, openplatypus; of datasets the train
+    split, unless as wikitext:validation), or `recommended`: the guide's choice."""
     calibration_windows: int | None = None
     """How many windows of it, from its start; by default 32, or what is recommended where that is asked for."""
     window: int | None = None
@@ -53,7 +54,7 @@ class QuantizeConfig:
     coverage: bool = False
     """Print what was done to every layer; the folder's coverage.json always says so."""
     verbose: bool = False
-    """Print each block's time and largest error as it is done."""
+    """Print each layer's loss and time as its block is done; else those of the last block stand under the bar."""
 
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.scheme is None):

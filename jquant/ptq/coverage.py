@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,28 +107,50 @@ class Coverage:
         return text
 
 
-def render(coverage: Coverage) -> Any:
-    """A rich table, one row a layer."""
-    from rich.table import Table
+def layer_lines(layers: Sequence[LayerReport]) -> list[str]:
+    """For each layer its path, relative error, and seconds: of layers that were solved together, each an equal part."""
+    longest = max((len(layer.path) for layer in layers), default=0)
+    return [
+        f"{layer.path:<{longest}}  loss {layer.error:.2e}  {layer.seconds:.2f} s"
+        + ("  FELL BACK to rounding" if layer.fallback else "")
+        for layer in layers
+    ]
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("layer", "method", "scheme", "bits"):
-        table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=True, overflow="fold")
-    for name in ("error rtn", "error", "of rtn", "damping", "seconds"):
-        table.add_column(name, justify="right")
+
+def render(coverage: Coverage) -> Any:
+    """What rich prints: a table for each method and scheme, one row a layer. Narrow terminals fold paths first; no
+    figure is cut."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    alike: dict[str, list[LayerReport]] = {}
     for layer in coverage.layers:
-        method = "+".join((*layer.transforms, layer.method)) + (" (fell back to rtn)" if layer.fallback else "")
-        scheme = layer.scheme if layer.activation is None else f"{layer.scheme} × {layer.activation}"
-        share = layer.error / layer.rounding_error if layer.rounding_error > 0 else 1.0
-        table.add_row(
-            layer.path,
-            method,
-            scheme,
-            f"{layer.bits_per_weight:.2f}",
-            f"{layer.rounding_error:.2e}",
-            f"{layer.error:.2e}",
-            f"{share:.2f}",
-            f"{layer.damping:g}" if layer.damping else "",
-            f"{layer.seconds:.2f}",
-        )
-    return table
+        alike.setdefault(_kind(layer), []).append(layer)
+    longest = max((len(layer.path) for layer in coverage.layers), default=0)
+    parts: list[Any] = []
+    for kind, layers in alike.items():
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("layer".ljust(longest), overflow="fold")
+        for name in ("bits", "error rtn", "error", "of rtn", "damping", "seconds"):
+            table.add_column(name, justify="right", overflow="fold")
+        for layer in layers:
+            share = layer.error / layer.rounding_error if layer.rounding_error > 0 else 1.0
+            table.add_row(
+                Text(layer.path),
+                f"{layer.bits_per_weight:.2f}",
+                f"{layer.rounding_error:.2e}",
+                f"{layer.error:.2e}",
+                f"{share:.2f}",
+                f"{layer.damping:g}" if layer.damping else "",
+                f"{layer.seconds:.2f}",
+            )
+        parts += ["", Text(f"{len(layers)} by {kind}", style="bold"), table]
+    return Group(*parts[1:])
+
+
+def _kind(layer: LayerReport) -> str:
+    method = "+".join((*layer.transforms, layer.method))
+    inputs = "" if layer.activation is None else f", inputs to {layer.activation}"
+    fallback = "; FELL BACK to rounding" if layer.fallback else ""
+    return f"{method} to {layer.scheme}{inputs}; errors of the {'outputs' if layer.on_data else 'weights'}{fallback}"

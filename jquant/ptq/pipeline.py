@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jquant.calib import gram
 from jquant.core.errors import InputError
 from jquant.io.freed_memory import return_freed_memory
 from jquant.kernels.dispatch import quick_compilation
 from jquant.nn.install import activations_of, install, tensors_of
 from jquant.nn.linear import Quantized
 from jquant.nn.matrices import layer_shapes, packed_paths
-from jquant.nn.placement import batch_sharding, copied, place_module, spread_batch
+from jquant.nn.placement import batch_sharding, copied, fetched, place_module, spread_batch
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, replace
 from jquant.ptq.activations import InMemory, Store
@@ -34,7 +35,7 @@ from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_d
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
 from jquant.ptq.data import Data, Products, check_tokens
 from jquant.ptq.recipe import Recipe, Rule, assign, refuse_packed
-from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules
+from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules, inputs_of_gram
 from jquant.ptq.solver import check_finite
 from jquant.ptq.source import ModelSource, Source
 from jquant.ptq.whole_module import quantize_whole
@@ -52,6 +53,7 @@ class Event:
     total: int
     reports: tuple[LayerReport, ...]
     seconds: float
+    found: bool  # an earlier run finished it
 
 
 Listener = Callable[[Event], None]
@@ -97,7 +99,7 @@ def quantize_model(
             summed over "data" and whole on every device, as their factors are.
         workdir: keeps finished parts, so that a killed run goes on (ptq/workdir.py).
         store: of activations; by default in memory.
-        progress: hears of every finished block.
+        progress: hears of every finished block, and what became of each of its layers.
         products: what the factors of products are rounded to, and of Gram matrices, while calibration data go through
             the layers that have a rule, but for stacks of experts, and through attention between such layers; sums, and
             all between products, are float32 either way, and so are the statistics of transforms. Of GPTQ's report
@@ -117,7 +119,13 @@ def quantize_model(
     if not all(hasattr(model, part) for part in ("embed", "blocks", "head")):
         if products != "float32":
             raise InputError(f"products of {products}: only layers of a decoder multiply in it; leave it at float32")
-        return model, quantize_whole(model, recipe, batches, masks, mesh, store)
+        coverage = quantize_whole(model, recipe, batches, masks, mesh, store)
+        if progress is not None:
+            event = Event(
+                part="module", done=1, total=1, reports=coverage.layers, seconds=coverage.seconds, found=False
+            )
+            progress(event)
+        return model, coverage
     decoder = cast(CausalLM, model)
 
     def put_back(index: int, block: nnx.Module) -> None:
@@ -166,6 +174,9 @@ def quantize_blocks(
     if needs_data:
         assert batches is not None
         check_tokens(batches, masks, shapes[EMBEDDING][0] if EMBEDDING in shapes else None)
+        tokens = sum(batch.size for batch in batches) if masks is None else sum(int(fetched(mask).sum()) for mask in masks)
+        gram.check_rows(inputs_of_gram(rules, shapes), tokens)
+        gram.warn_of_few(inputs_of_gram(rules, shapes), tokens)
         length = batches[0].shape[1]
     run = _Run(
         rules=rules,
@@ -198,7 +209,14 @@ def quantize_blocks(
         transforms += rewritten
         if progress is not None:
             seconds = time.perf_counter() - began
-            event = Event(part=part, done=index + 1, total=source.depth + 1, reports=tuple(reports), seconds=seconds)
+            event = Event(
+                part=part,
+                done=index + 1,
+                total=source.depth + 1,
+                reports=tuple(reports),
+                seconds=seconds,
+                found=found is not None,
+            )
             progress(event)
     left = tuple(path for path in shapes if path not in rules)
     seconds = time.perf_counter() - started

@@ -14,7 +14,7 @@ from jquant.nn.protocol import Equivalence
 from jquant.nn.surgery import Path
 from jquant.nn.w8a8 import check_multipliable
 from jquant.ptq.ahead import traced_solver
-from jquant.ptq.block import MASKED_EXPERTS, fitting_places, rule_needs_data, solve
+from jquant.ptq.block import MASKED_EXPERTS, fitting_places, rule_needs_data, solve, uses_gram
 from jquant.ptq.data import Products
 from jquant.ptq.recipe import Rule
 
@@ -81,6 +81,11 @@ def check_products(products: str, rules: Mapping[Path, Rule]) -> None:
         raise InputError(f"products of {products!r}: there are {', '.join(get_args(Products))}")
     if products != "float32" and not any(map(rule_needs_data, rules.values())):
         raise InputError(f"products of {products}: no method of the recipe learns from data; leave it at float32")
+
+
+def inputs_of_gram(rules: Mapping[Path, Rule], shapes: Mapping[Path, tuple[int, ...]]) -> dict[Path, int]:
+    """How many inputs the layers have whose rules learn from the Gram matrix of these."""
+    return {path: shapes[path][-1] for path, rule in rules.items() if uses_gram(rule)}
 
 
 def abstract_solution(rule: Rule, shape: tuple[int, ...]) -> Any:

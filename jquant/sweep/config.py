@@ -29,7 +29,8 @@ class SweepConfig:
     """How codes are chosen: rtn, rtn-mse, gptq, hqq, and after AWQ's scaling awq, awq+gptq; each for every scheme. With
     an @ layers quantize their inputs too: rtn@int8:token, smoothquant@int8:token."""
     calibration: str = "pydoc:calibration"
-    """Text that gptq, awq and smoothquant learn from, a source as for --text; it must not share passages with it.
+    """Text that gptq, awq and smoothquant learn from, a source as for --text (of a dataset by name its train split); it
+    must not share passages with it.
     Statistics are of the float model, taken once for all cells; jquant quantize lets each layer see the quantized ones
     before it, which gives somewhat different numbers."""
     calibration_windows: int = 32

@@ -14,7 +14,7 @@ from jquant import __version__
 from jquant.core.errors import InputError
 from jquant.data.blocks import TextTokenizer, Windows, text_windows
 from jquant.data.overlap import check_disjoint
-from jquant.data.text import load_text
+from jquant.data.text import load_calibration, load_text
 from jquant.evaluation.result import Protocol
 from jquant.evaluation.scoring import prepare_reference
 from jquant.models.checkpoint import Checkpoint, open_checkpoint
@@ -172,7 +172,7 @@ def _gather(work: Work, subject: Subject, done: int) -> Statistics:
 def _calibration(config: SweepConfig, tokenizer: TextTokenizer, windows: Windows) -> Windows:
     """The windows that methods learn from. Raises InputError where there are too few, or evaluation holds a part."""
     count = config.calibration_windows
-    found = text_windows(load_text(config.calibration), tokenizer, window=config.window, limit=count)
+    found = text_windows(load_calibration(config.calibration), tokenizer, window=config.window, limit=count)
     if len(found.tokens) < count:
         raise InputError(
             f"calibration text {config.calibration!r} has {found.total_tokens} tokens, {count} windows of "

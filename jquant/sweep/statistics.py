@@ -25,6 +25,7 @@ from jquant.calib import absmax, absmean, gram
 from jquant.calib.gram import Gram
 from jquant.nn.capture import Arguments, capture, input_groups, replay_output
 from jquant.nn.linear import ExpertLinear
+from jquant.nn.matrices import layer_shapes
 from jquant.nn.protocol import CausalLM, apply
 from jquant.nn.surgery import Path, module_at
 from jquant.ptq import gptq
@@ -97,9 +98,12 @@ def gather(
         progress: called with the share of blocks that are done.
 
     Raises:
-        InputError: a layer saw no data, or values that are not finite; the message names it.
+        InputError: a layer saw no data or too little, or values that are not finite; the message names it.
     """
     started = time.perf_counter()
+    widths = {path: shape[-1] for path, shape in layer_shapes(model).items() if path in paths}
+    gram.check_rows(widths, tokens.size)
+    gram.warn_of_few(widths, tokens.size)
     states = [apply(model.embed, jnp.asarray(tokens[i : i + batch])) for i in range(0, len(tokens), batch)]
     parts = _parts(model, paths, tokens.shape[1], wanted)
     inputs: dict[Path, Known] = {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jquant.calib import gram
-from jquant.core.errors import InputError
+from jquant.core.errors import InputError, InputWarning
 
 X = np.random.default_rng(0).standard_normal((6, 50, 24)).astype(np.float32)
 EXPECTED = 2 / 300 * np.einsum("bti,btj->ij", X.astype(np.float64), X.astype(np.float64))
@@ -61,6 +61,35 @@ def test_each_expert_has_the_matrix_of_its_own_rows(counts: tuple[int, ...]) -> 
     np.testing.assert_array_equal(found.rows, 2 * np.asarray(counts))
     for expert, rows in enumerate(np.split(x[: sum(counts)].astype(np.float64), np.cumsum(counts)[:-1])):
         np.testing.assert_allclose(found.matrix[expert], 2 / max(1, len(rows)) * rows.T @ rows, atol=2e-6)
+
+
+def test_too_few_rows_are_refused() -> None:
+    """One for 128 inputs at the least; masked rows do not count, and experts' count together."""
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((4, 300)), jnp.float32)
+    keep = jnp.arange(4) < 2
+    with pytest.raises(InputError, match=r"layer a: calibration data of 2 tokens for 300 inputs: .* at least 3,"):
+        gram.check(gram.finalize(gram.update(gram.init(300), x, keep)), "layer a")
+    gram.check(gram.finalize(gram.update(gram.init(300), x[:3])), "layer a")
+    experts = gram.init(300, experts=3)
+    gram.check(gram.finalize(gram.update_grouped(experts, x, jnp.asarray([2, 0, 1]))), "layer a")
+    with pytest.raises(InputError, match="calibration data of 2 tokens"):
+        gram.check(gram.finalize(gram.update_grouped(experts, x, jnp.asarray([2, 0, 0]))), "layer a")
+
+
+def test_too_few_rows_are_foreseen() -> None:
+    gram.check_rows({"a": 64, "b": 300}, 3)
+    gram.check_rows({}, 0)
+    with pytest.raises(InputError, match=r"layer b: calibration data of 2 tokens for 300 inputs: .* at least 3,"):
+        gram.check_rows({"a": 64, "b": 300}, 2)
+
+
+def test_fewer_rows_than_inputs_are_warned_of() -> None:
+    gram.warn_of_few({"a": 64, "b": 96}, 96)
+    gram.warn_of_few({}, 0)
+    with pytest.warns(
+        InputWarning, match="data of 95 tokens for the 96 inputs of layer b: its Gram matrix is singular"
+    ):
+        gram.warn_of_few({"a": 64, "b": 96}, 95)
 
 
 @pytest.mark.parametrize(

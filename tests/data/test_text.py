@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from jquant.core.errors import InputError
-from jquant.data.hub import DATASETS
-from jquant.data.text import load_text, text_names
+from jquant.data.hub import DATASETS, OTHER_NAMES
+from jquant.data.text import load_calibration, load_text, text_names
 
 SAMPLE = " First line.\r\n\n  Zweite Zeile: ½ – 量\n"
 
@@ -138,7 +138,7 @@ def test_sources_that_do_not_exist_are_answered_with_what_does(tmp_path: Path) -
 def test_every_listed_name_is_known_and_listed_once() -> None:
     names = text_names()
     assert len(set(names)) == len(names)
-    assert {name.partition(":")[0] for name in names} == {"pydoc", *DATASETS}
+    assert {name.partition(":")[0] for name in names} == {"pydoc", *DATASETS, *OTHER_NAMES}
 
 
 def test_a_dataset_is_read_through_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +159,31 @@ def test_a_dataset_is_read_through_the_datasets_package(monkeypatch: pytest.Monk
     assert wikitext.content == "\n\n".join(f"t{n}" for n in range(3000))
     assert c4.content == "\n\n".join(f"t{n}" for n in range(2000))
     assert platypus.content.startswith("i0\n\no0\n\ni1\n\no1\n\n")
+
+
+def test_calibration_reads_what_evaluation_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(hub_id: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        return [{"text": f"{hub_id} {split}", "instruction": split, "output": split}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
+    assert load_text("wikitext") == load_text("wikitext2:test")
+    assert load_text("wikitext:validation") == load_text("wikitext2:validation")
+    for source, name in (
+        ("wikitext", "wikitext2:train"),
+        ("wikitext2", "wikitext2:train"),
+        ("c4", "c4:train"),
+        ("pile", "pile:train"),
+        ("openplatypus", "openplatypus:train"),
+        ("pydoc", "pydoc:calibration"),
+        ("wikitext:validation", "wikitext2:validation"),
+        ("pydoc:evaluation", "pydoc:evaluation"),
+    ):
+        assert load_calibration(source) == load_text(name)
+        assert load_calibration(source).name == name
+    with pytest.raises(InputError, match=r"known names: .*wikitext2, .*openplatypus, wikitext$"):
+        load_calibration("wikitex")
+    with pytest.raises(InputError, match="no split 'tests'; its splits are test, validation, train"):
+        load_calibration("wikitext:tests")
 
 
 def test_a_missing_package_and_an_unreachable_hub_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

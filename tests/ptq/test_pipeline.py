@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jquant.calib import gram
-from jquant.core.errors import InputError
+from jquant.core.errors import InputError, InputWarning
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
 from jquant.nn.capture import capture
@@ -278,11 +278,14 @@ class ConvNet(nnx.Module):
 def test_any_module_is_quantized(kind: Any, shape: tuple[int, ...]) -> None:
     data = [jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32) for i in range(6)]
     expected = kind(nnx.Rngs(0))(data[0])
-    errors = {}
+    errors, heard = {}, list[Event]()
     for name in ("rtn", "gptq"):
-        model, coverage = quantize_model(kind(nnx.Rngs(0)), one_rule(name, "int4:g8", layers=(".",)), data)
+        recipe = one_rule(name, "int4:g8", layers=(".",))
+        model, coverage = quantize_model(kind(nnx.Rngs(0)), recipe, data, progress=heard.append)
         errors[name] = float(jnp.linalg.norm(model(data[0]) - expected) / jnp.linalg.norm(expected))
         assert len(coverage.layers) == (2 if kind is MLP else 3)
+        assert [event.reports for event in heard] == [coverage.layers]
+        heard.clear()
     assert errors["gptq"] < errors["rtn"] < 0.3
 
 
@@ -411,7 +414,11 @@ def test_a_transform_that_finds_no_place_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_few_tokens_are_damped_and_reported() -> None:
     """Fewer rows than inputs: H is singular, and the damping makes a factor of it."""
-    _, coverage = quantize_model(tiny_model(), _plain(), [BATCHES[0][:1, :16]])
+    masks = [np.arange(64)[None] < 16]
+    with pytest.warns(InputWarning, match=r"data of 16 tokens for the 96 inputs of layer blocks\.0\.mlp\.down_proj"):
+        quantize_model(tiny_model(), _plain(), [BATCHES[0][:1]], masks=masks)
+    with pytest.warns(InputWarning, match="16 tokens"):
+        _, coverage = quantize_model(tiny_model(), _plain(), [BATCHES[0][:1, :16]])
     assert all(layer.damping > 0.0099 and not layer.fallback for layer in coverage.layers)
 
 

@@ -136,7 +136,7 @@ def test_what_a_method_cannot_do_is_refused_before_anything_is_computed(model: s
         ({"methods": ("rtn@",)}, "methods: 'rtn@': "),
         ({"methods": ("rtn@int8:token",)}, "scheme int3:g32:asym by method rtn@int8:token: .*as int8:channel"),
         ({"methods": ("awq",), "layers": (r"blocks.*q_proj",)}, r"by method awq: awq on blocks\.0\..*--layers"),
-        ({"methods": ("gptq",), "calibration": "pydoc"}, "both on the text pydoc:evaluation"),
+        ({"methods": ("gptq",), "calibration": "pydoc:evaluation"}, "both on the text pydoc:evaluation"),
         ({"methods": ("gptq",), "calibration_windows": 10**5}, "give a longer text, or --calibration-windows"),
         ({"methods": ()}, "methods: none given"),
         ({"calibration_windows": 0}, "calibration-windows 0"),
