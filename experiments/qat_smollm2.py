@@ -36,7 +36,8 @@ from flax import nnx
 
 from jquant.core.errors import InputError
 from jquant.core.scheme import scheme
-from jquant.data.blocks import Windows, check_disjoint, text_windows
+from jquant.data.blocks import Windows, text_windows
+from jquant.data.overlap import check_disjoint
 from jquant.data.text import load_text
 from jquant.evaluation.perplexity import perplexity
 from jquant.io.atomic import replacing

@@ -174,9 +174,9 @@ def quantize_blocks(
     if needs_data:
         assert batches is not None
         check_tokens(batches, masks, shapes[EMBEDDING][0] if EMBEDDING in shapes else None)
-        tokens = sum(batch.size for batch in batches) if masks is None else sum(int(fetched(mask).sum()) for mask in masks)
-        gram.check_rows(inputs_of_gram(rules, shapes), tokens)
-        gram.warn_of_few(inputs_of_gram(rules, shapes), tokens)
+        counted = [batch.size for batch in batches] if masks is None else [int(fetched(mask).sum()) for mask in masks]
+        gram.check_rows(inputs_of_gram(rules, shapes), sum(counted))
+        gram.warn_of_few(inputs_of_gram(rules, shapes), sum(counted))
         length = batches[0].shape[1]
     run = _Run(
         rules=rules,

@@ -39,7 +39,8 @@ def shared_levels(weights: Mapping[Path, Array], schemes: Mapping[Path, Scheme])
     found: dict[Path, Array] = {}
     for (_, scheme), paths in together.items():
         if len(paths) > 1:
-            found |= dict.fromkeys(paths, _level(tuple(weights[path] for path in paths), scheme))
+            level: Array = _level(tuple(weights[path] for path in paths), scheme)
+            found |= dict.fromkeys(paths, level)
     return found
 
 

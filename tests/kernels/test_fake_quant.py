@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_codes_come_with_the_values(spec: str, codes: Codes, dtype: str) -> None
     np.testing.assert_array_equal(found.value, value)
     np.testing.assert_array_equal(found.codes, expected.planes[0] if codes == "packed" else narrow_codes(expected))
     np.testing.assert_array_equal(found.scale, expected.scales()[:, 0])
-    none = np.zeros(found.codes.shape, jax.dtypes.float0), jnp.ones_like(found.scale)
+    none: Any = np.zeros(found.codes.shape, jax.dtypes.float0), jnp.ones_like(found.scale)
     np.testing.assert_array_equal(pulled(Encoded(cotangent, *none))[0], pull(cotangent)[0])
 
 

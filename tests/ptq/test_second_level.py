@@ -25,12 +25,16 @@ ALONE = ("attn.o_proj", "mlp.down_proj")
 
 
 def _weight(model: Any, path: str) -> Any:
-    return module_at(model, f"blocks.0.{path}").weight.get_value()
+    layer: Any = module_at(model, f"blocks.0.{path}")
+    return layer.weight.get_value()
 
 
 def _level(model: Any, path: str) -> np.ndarray:
-    q = _weight(model, path)
-    assert isinstance(q, QTensor)
+    return _of(_weight(model, path))
+
+
+def _of(q: QTensor) -> np.ndarray:
+    assert q.stored.scale2 is not None
     return np.squeeze(q.stored.scale2)
 
 
@@ -40,7 +44,7 @@ def test_is_that_of_the_layers_put_together(method: str) -> None:
     model, _ = quantize_model(tiny_model(), one_rule(method, "nvfp4"), batches)
     for paths in (*SHARING, *((path,) for path in ALONE)):
         joined = jnp.concatenate([_weight(floats, path) for path in paths])
-        expected = np.squeeze(quantize(joined, NVFP4).stored.scale2)
+        expected = _of(quantize(joined, NVFP4))
         assert [_level(model, path) for path in paths] == [expected] * len(paths)
     assert _level(model, SHARING[0][0]) != _level(model, SHARING[1][0])
 
@@ -74,7 +78,7 @@ def test_only_equal_schemes_share() -> None:
     model, _ = quantize_model(tiny_model(), Recipe(rules=rules))
     joined = jnp.concatenate([_weight(floats, path) for path in ("attn.q_proj", "attn.v_proj")])
     assert _level(model, "attn.q_proj") == _level(model, "attn.v_proj")
-    assert _level(model, "attn.q_proj") == np.squeeze(quantize(joined, NVFP4).stored.scale2)
+    assert _level(model, "attn.q_proj") == _of(quantize(joined, NVFP4))
     assert _weight(model, "attn.k_proj").stored.scale2 is None
 
 
