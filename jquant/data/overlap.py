@@ -14,6 +14,9 @@ from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
 
 _RUN = 32  # tokens; a model keeps a hash of every run that begins at a multiple of it in a calibration window
+_SHORTEST = (
+    13  # that tells of a text, not of a language (GPT-3, Brown et al., 2005.14165, C); shorter windows keep none
+)
 _MOST = 4096  # hashes that it keeps: those of 131,072 tokens; of more, as in training, so many
 
 
@@ -53,18 +56,19 @@ def calibration_record(windows: Windows) -> dict[str, Any]:
     Of every run of 63 tokens that another text shares with a window, one of the hashed runs is a part; where there are
     more of these than are kept, of a longer part of the text.
     """
-    run = min(_RUN, windows.window)
-    hashes = np.unique(_run_hashes(windows.tokens, run)[:, ::run])
-    kept = hashes[:: -(-hashes.size // _MOST)].astype("<u8")
-    return {
+    record: dict[str, Any] = {
         "text": windows.text_name,
         "text_sha256": windows.text_sha256,
         "ids_sha256": windows.sha256,
         "windows": len(windows.tokens),
         "window": windows.window,
-        "run": run,
-        "runs": base64.b64encode(kept.tobytes()).decode("ascii"),
     }
+    run = min(_RUN, windows.window)
+    if run < _SHORTEST:
+        return record
+    hashes = np.unique(_run_hashes(windows.tokens, run)[:, ::run])
+    kept = hashes[:: -(-hashes.size // _MOST)].astype("<u8")
+    return record | {"run": run, "runs": base64.b64encode(kept.tobytes()).decode("ascii")}
 
 
 def refuse_seen(record: Any, evaluation: Windows, model: str) -> None:

@@ -93,6 +93,13 @@ def test_damaged_records_refuse_nothing(damaged: object) -> None:
     refuse_seen(damaged, _named(np.arange(100), 50, "story"), "m")
 
 
+def test_windows_that_are_short_tell_of_their_whole_text_alone() -> None:
+    cut = _named(np.arange(120), 12, "notes")
+    assert "runs" not in _record(cut)
+    refuse_seen(_record(cut), dataclasses.replace(cut, text_sha256="another"), "m")
+    assert "runs" in _record(_named(np.arange(130), 13, "notes"))
+
+
 def test_what_is_kept_of_a_long_training_stays_small_and_still_tells() -> None:
     ids = np.random.default_rng(0).integers(0, 50_000, 1 << 20)
     record = _record(_named(ids, 512, "corpus"))
