@@ -21,7 +21,7 @@ from jquant import __version__
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.data.blocks import Windows
-from jquant.data.overlap import calibration_record, check_disjoint
+from jquant.data.overlap import calibration_record, check_disjoint, with_earlier
 from jquant.evaluation.perplexity import perplexity
 from jquant.io.folder_lock import locked_folder
 from jquant.io.native import check_new_folder, is_native, write_native
@@ -234,7 +234,8 @@ def _write(
         "source": checkpoint.path.name,
         "source_sha256": definition["source_sha256"],
         "recipe": definition["recipe"],
-        "calibration": calibration_record(training),  # what evaluation refuses to measure on
+        # What evaluation refuses to measure on.
+        "calibration": with_earlier(calibration_record(training), checkpoint.provenance.get("calibration")),
         "loss": definition["loss"],
         "training": config.as_json(),
         "kernels": definition["kernels"],

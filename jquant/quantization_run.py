@@ -17,7 +17,7 @@ from jquant import __version__
 from jquant.calib.gram import check_rows
 from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
-from jquant.data.overlap import calibration_record
+from jquant.data.overlap import calibration_record, with_earlier
 from jquant.io.json_file import as_text, read_json
 from jquant.io.native import check_new_folder
 from jquant.kernels.dispatch import way
@@ -132,7 +132,10 @@ def quantize_checkpoint(
             "source": checkpoint.path.name,
             "source_sha256": definition["source_sha256"],
             "recipe": recipe.as_json(),
-            "calibration": None if calibration is None else calibration_record(calibration),
+            "calibration": with_earlier(
+                None if calibration is None else calibration_record(calibration),
+                checkpoint.provenance.get("calibration"),
+            ),
             "products": products,
             "kernels": definition["kernels"],
             "mesh": definition["mesh"],

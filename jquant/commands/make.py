@@ -104,7 +104,7 @@ def _calibration(config: QuantizeConfig, tokenizer: Any, recipe: Any) -> Any:
 
 def qat_command(config: QATCommand) -> None:
     from jquant.data.blocks import text_windows
-    from jquant.data.text import load_text
+    from jquant.data.text import load_calibration, load_text
     from jquant.models.checkpoint import open_checkpoint
     from jquant.models.save import packed_bits
     from jquant.nn.mesh import make_mesh
@@ -116,7 +116,7 @@ def qat_command(config: QATCommand) -> None:
     recipe = find_recipe(config.recipe)
     checkpoint = open_checkpoint(config.model)
     tokenizer = checkpoint.tokenizer()
-    training = text_windows(load_text(config.data), tokenizer, window=config.window, limit=config.windows)
+    training = text_windows(load_calibration(config.data), tokenizer, window=config.window, limit=config.windows)
     evaluation = None
     if config.eval_text is not None:
         text = load_text(config.eval_text)

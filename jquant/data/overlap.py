@@ -66,9 +66,22 @@ def calibration_record(windows: Windows) -> dict[str, Any]:
     run = min(_RUN, windows.window)
     if run < _SHORTEST:
         return record
-    hashes = np.unique(_run_hashes(windows.tokens, run)[:, ::run])
+    hashes = np.unique(_run_hashes(windows.tokens, run)[:, ::run][_telling(windows.tokens, run)])
     kept = hashes[:: -(-hashes.size // _MOST)].astype("<u8")
     return record | {"run": run, "runs": base64.b64encode(kept.tobytes()).decode("ascii")}
+
+
+def _telling(tokens: Int32[np.ndarray, "n window"], run: int) -> np.ndarray:
+    """Which of the runs that follow each other tell of a text, by their different tokens; no ruler or row of zeros."""
+    cut = np.sort(tokens[:, : tokens.shape[1] // run * run].reshape(len(tokens), -1, run), axis=-1)
+    return 1 + np.sum(np.diff(cut, axis=-1) != 0, axis=-1) >= _SHORTEST
+
+
+def with_earlier(record: Mapping[str, Any] | None, earlier: Any) -> Mapping[str, Any] | None:
+    """The record of a model that was made of one that had learned from text too, whose record is `earlier`."""
+    if not isinstance(earlier, Mapping):
+        return record
+    return dict(earlier) if record is None else {**record, "earlier": dict(earlier)}
 
 
 def refuse_seen(record: Any, evaluation: Windows, model: str) -> None:
@@ -89,12 +102,16 @@ def refuse_seen(record: Any, evaluation: Windows, model: str) -> None:
         raise InputError(
             f"{model} was calibrated on the text {evaluation.text_name}: its figures there say nothing; give another"
         )
+    refuse_seen(record.get("earlier"), evaluation, model)
     run, hashes = record.get("run"), _decoded(record.get("runs"))
-    if not isinstance(run, int) or not 0 < run <= evaluation.window or hashes is None:
+    tokens = evaluation.tokens
+    if evaluation.stride == evaluation.window:  # one after the other: runs reach over their ends
+        tokens = tokens.reshape(1, -1)
+    if not isinstance(run, int) or not 0 < run <= tokens.shape[1] or hashes is None:
         return
-    found = np.argwhere(np.isin(_run_hashes(evaluation.tokens, run), hashes))
+    found = np.argwhere(np.isin(_run_hashes(tokens, run), hashes))
     if found.size:
-        window, start = found[0]
+        window, start = divmod(int(found[0][1]), evaluation.window) if len(tokens) == 1 else map(int, found[0])
         raise InputError(
             f"{model} was calibrated on a part of the text {evaluation.text_name}: window {window} holds, from token "
             f"{start} on, {run} tokens of its calibration text {record.get('text', '')}; its figures there say "

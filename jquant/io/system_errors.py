@@ -27,7 +27,7 @@ def system_errors() -> Iterator[None]:
             found = re.search(r"os_error_code='(\d+)'", str(error))
             if found is None:
                 raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
 
 
 def _expect_late_ends() -> None:

@@ -145,7 +145,7 @@ def _plan(scheme: Scheme, shape: tuple[int, ...], config: GPTQConfig, way: dispa
 
 
 def _solution(
-    w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way, outer: Array | None
+    w: Array, factor: Factor, scheme: Scheme, config: GPTQConfig, way: dispatch.Way, outer: Array | None = None
 ) -> Solution:
     return _solutions(w, factor, (scheme,), config, way, None if outer is None else (outer,))[0]
 

@@ -4,7 +4,7 @@
 
 Engines keep q, k and v as one matrix, and gate and up as another, with one g each: vLLM takes the largest of those it
 finds and warns. So layers of one parent that read the same input get the same g; what each rounds to is then what it
-would be as rows of that matrix.
+would be as rows of that matrix. In quantization-aware training each layer still has a g of its own.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 minmax        the smallest and the largest value, of integers with zero points too
 percentile    the magnitude that so many percent do not exceed (calib/percentile.py)
 mse           the magnitude that loses least when what is beyond is clipped (calib/mse_range.py)
+
+SmoothQuant's search takes the range of each call that it tries, whatever is chosen here.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def parameters(calls: Calls, activation: Scheme, name: str, config: Any) -> tupl
         config: of that way.
 
     Raises:
-        InputError: inputs are NaN or infinite, or all zero, and the range is one of magnitudes.
+        InputError: inputs are NaN or infinite; or all zero, and the range is one of magnitudes.
     """
     lowest, highest = RANGES[name].ends(calls, activation, config)
     return static_parameters(lowest, highest, activation)
@@ -83,16 +85,21 @@ def check_range(name: str, activation: str | None, scheme: Scheme | None) -> Non
 
 def _minmax(calls: Calls, activation: Scheme, config: MinMaxConfig) -> tuple[Array, Array]:
     ends = [_ends(x, mask) for x, mask in calls]
+    if not all(bool(finite) for *_, finite in ends):
+        raise InputError(
+            "its input: activations hold a NaN or an infinity; give calibration text that the model handles"
+        )
     return jnp.min(jnp.stack([end[0] for end in ends])), jnp.max(jnp.stack([end[1] for end in ends]))
 
 
 @jax.jit
-def _ends(x: Array, mask: Array | None) -> tuple[Array, Array]:
-    """The smallest and largest value, of rows that count; a NaN there stays."""
+def _ends(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """The smallest and largest value of rows that count, and whether all are finite."""
     if mask is None:
-        return jnp.min(x), jnp.max(x)
+        return jnp.min(x), jnp.max(x), jnp.all(jnp.isfinite(x))
     counts = mask[..., None]
-    return jnp.min(jnp.where(counts, x, jnp.inf)), jnp.max(jnp.where(counts, x, -jnp.inf))
+    finite = jnp.all(jnp.isfinite(x) | ~counts)
+    return jnp.min(jnp.where(counts, x, jnp.inf)), jnp.max(jnp.where(counts, x, -jnp.inf)), finite
 
 
 def _percentile(calls: Calls, activation: Scheme, config: PercentileConfig) -> tuple[Array, Array]:

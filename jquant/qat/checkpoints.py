@@ -91,9 +91,10 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            behind = "" if self.latest is None else f" to go on from step {self.latest}"
             raise InputError(
-                f"{self._folder}: the state of step {step} cannot be written: {reason}; start the same command again "
-                f"to go on from step {self.latest}"
+                f"{self._folder}: the state of step {step} cannot be written: {reason}; start the same command again"
+                f"{behind}"
             ) from error
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:

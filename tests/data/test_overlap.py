@@ -10,7 +10,7 @@ import pytest
 
 from jquant.core.errors import InputError
 from jquant.data.blocks import Windows, windows
-from jquant.data.overlap import calibration_record, check_disjoint, refuse_seen
+from jquant.data.overlap import calibration_record, check_disjoint, refuse_seen, with_earlier
 
 
 @pytest.mark.parametrize("run", [1, 2, 5, 48, 64])
@@ -98,6 +98,30 @@ def test_windows_that_are_short_tell_of_their_whole_text_alone() -> None:
     assert "runs" not in _record(cut)
     refuse_seen(_record(cut), dataclasses.replace(cut, text_sha256="another"), "m")
     assert "runs" in _record(_named(np.arange(130), 13, "notes"))
+
+
+def test_windows_of_evaluation_may_be_shorter_than_a_run() -> None:
+    ids = np.random.default_rng(0).integers(0, 1000, 512)
+    record = _record(_named(ids, 128, "notes"))
+    with pytest.raises(InputError, match="window 2 holds, from token 0 on, 32 tokens"):
+        refuse_seen(record, _named(np.concatenate([np.arange(2000, 2032), ids[:64]]), 16, "story"), "m")
+
+
+def test_rulers_and_rows_of_zeros_tell_of_no_text() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.integers(0, 1000, 512), rng.integers(1000, 2000, 512)
+    ours[100:300] = theirs[200:400] = np.arange(200) % 12
+    refuse_seen(_record(_named(ours, 512, "notes")), _named(theirs, 512, "story"), "m")
+
+
+def test_what_the_source_had_learned_from_is_kept() -> None:
+    first, second = (_named(np.arange(at, at + 512), 128, name) for at, name in ((0, "first"), (1000, "second")))
+    record = json.loads(json.dumps(with_earlier(_record(second), _record(first))))
+    for cut in (first, second):
+        with pytest.raises(InputError, match=f"on the text {cut.text_name}"):
+            refuse_seen(record, cut, "m")
+    assert with_earlier(None, _record(first)) == _record(first)
+    assert with_earlier(None, None) is None
 
 
 def test_what_is_kept_of_a_long_training_stays_small_and_still_tells() -> None:

@@ -92,7 +92,7 @@ def test_refused(way: Step, activation: str | None, message: str) -> None:
         _recipe(way, activation)
 
 
-@pytest.mark.parametrize("way", ["mse", "percentile"])
+@pytest.mark.parametrize("way", WAYS)
 def test_inputs_that_are_nan_are_named(way: str) -> None:
     with pytest.raises(InputError, match="its input: activations hold a NaN"):
         _scale(way, [(X[0].at[0, 0].set(jnp.nan), None)])
