@@ -181,15 +181,16 @@ def finalize(state: GramState) -> Gram:
     return Gram(mirrored(matrix), state.rows)
 
 
-def check(gram: Gram, what: str) -> None:
-    """Raises InputError naming `what` where the data cannot serve: no or too few rows, NaN or infinite, or all zero."""
+def check(gram: Gram, what: str, *, learns: bool = True) -> None:
+    """Raises InputError naming `what` where the data cannot serve: no rows, NaN or infinite, or all zero; or too few
+    rows for a method that learns from the matrix."""
     finite, seen, live, enough = usable(gram)
     if not bool(finite):
         reason = "no rows were seen" if not bool(seen) else "activations hold a NaN or an infinity"
         raise InputError(f"{what}: {reason}; give calibration text that the model handles")
     if not bool(live):
         raise InputError(f"{what}: all activations are zero; no method can learn from them")
-    if not bool(enough):
+    if learns and not bool(enough):
         raise _too_few(what, int(jnp.sum(gram.rows)), gram.matrix.shape[-1])
 
 

@@ -101,7 +101,8 @@ def quantize_block(
             replayed.extend(group)
             _pack_unread(block, packed, replayed, data)
             ahead.wait("gram", group[0])
-            statistics = _gram(block, group, data, prefix)
+            learns = any(uses_gram(rules[path]) for path in group)
+            statistics = _gram(block, group, data, prefix, learns=learns)
         factors: dict[Step, Any] = {}
         alone = statistics is not None and statistics.matrix.size > _SIDE_BY_SIDE
         if statistics is not None:
@@ -212,7 +213,7 @@ def _inputs(data: Data, paths: Sequence[Path], batch: int) -> dict[Path, tuple[A
     return {path: data.store.get(path, batch) for path in paths}
 
 
-def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> Gram:
+def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str, *, learns: bool) -> Gram:
     layer = module_at(block, group[0])
     state: GramState | None = None
     for batch in range(data.count):
@@ -228,7 +229,7 @@ def _gram(block: nnx.Module, group: Sequence[Path], data: Data, prefix: str) -> 
                 state = layer_programs.update(state, rows, mask, dtype="bfloat16" if data.narrow else None)
     assert state is not None, "input_groups refuses layers that are not called"
     found = layer_programs.finalizing(state)(state)
-    gram.check(found, f"layer {prefix}{group[0]}")
+    gram.check(found, f"layer {prefix}{group[0]}", learns=learns)
     return found
 
 

@@ -64,7 +64,7 @@ def errors(
 
 
 @partial(jax.jit, static_argnames="scheme")
-def _rounded(weight: jax.Array, scheme: Scheme, outer: jax.Array | None) -> QTensor:
+def _rounded(weight: jax.Array, scheme: Scheme, outer: jax.Array | None = None) -> QTensor:
     return rounded(weight.astype(jnp.float32), scheme, outer)
 
 

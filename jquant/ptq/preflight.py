@@ -71,6 +71,8 @@ class Estimate:
         needed, spills = self.needed_bytes, self.spilled_bytes > 0
         if self.available_bytes is not None and needed > _SHARE * self.available_bytes:
             advice = "quantize fewer windows" if spills else "keep activations on disk (--spill), or use fewer windows"
+            if not self.activation_bytes:
+                advice = "free some, or spread the work over devices (--mesh)"
             raise InputError(
                 f"the run needs {needed / 1e9:.1f} GB ({self.weight_bytes / 1e9:.1f} of weights, "
                 f"{self.activation_bytes / 1e9:.1f} of activations, {self.statistic_bytes / 1e9:.1f} of statistics), "
@@ -145,6 +147,8 @@ def estimate(
         math.prod(shape) for prefix, inside in parts.items() if prefix not in blocks for shape in inside.values()
     )
     widest = max((shapes[path] for path in rules), key=lambda shape: shape[-1])
+    reading = [shapes[path] for path in rules if path != EMBEDDING] if load is not None else []
+    squares = max((math.prod(shape[:-2]) * shape[-1] ** 2 for shape in reading), default=0)
     states = activations = 0
     if load is not None:
         hidden = min((shape[-1] for inside in blocks.values() for shape in inside.values()), default=0)
@@ -157,7 +161,7 @@ def estimate(
         seconds=seconds / axis_size(mesh, *AXES) + 4 * moved / _BYTES_A_SECOND,
         weight_bytes=(2 * largest + outer) * itemsize // axis_size(mesh, *CUTTING),
         activation_bytes=activations // axis_size(mesh, DATA),
-        statistic_bytes=int(4 * (1.5 if on_cpu() else 4) * math.prod(widest[:-2]) * widest[-1] ** 2)
+        statistic_bytes=int(4 * (1.5 if on_cpu() else 4) * squares)
         + 6 * 4 * math.prod(widest) // axis_size(mesh, *CUTTING),
         available_bytes=_available(1 if mesh is None else len(mesh.local_devices)),
         written_bytes=written + (1 if finished else _STATES) * states,

@@ -76,6 +76,13 @@ def test_too_few_rows_are_refused() -> None:
         gram.check(gram.finalize(gram.update_grouped(experts, x, jnp.asarray([2, 0, 0]))), "layer a")
 
 
+def test_too_few_rows_are_enough_where_nothing_learns_from_them() -> None:
+    found = gram.finalize(gram.update(gram.init(1024), jnp.ones((2, 1024))))
+    with pytest.raises(InputError, match="too few to learn from"):
+        gram.check(found, "layer x")
+    gram.check(found, "layer x", learns=False)
+
+
 def test_too_few_rows_are_foreseen() -> None:
     gram.check_rows({"a": 64, "b": 300}, 3)
     gram.check_rows({}, 0)

@@ -412,6 +412,16 @@ def test_a_transform_that_finds_no_place_is_refused(monkeypatch: pytest.MonkeyPa
         quantize_model(tiny_model(), one_rule("awq", "int4:g32", layers=("q_proj",)), BATCHES)
 
 
+@pytest.mark.parametrize(("method", "learns"), [("rtn@int8:tensor", False), ("gptq@int8:tensor", True)])
+def test_only_methods_that_learn_from_them_need_many_tokens(
+    method: str, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bool] = []
+    monkeypatch.setattr(gram, "check", lambda found, what, *, learns: heard.append(learns))
+    quantize_model(tiny_model(layers=1), one_rule(method, "int8:channel"), BATCHES)
+    assert heard == [learns] * 4
+
+
 def test_few_tokens_are_damped_and_reported() -> None:
     """Fewer rows than inputs: H is singular, and the damping makes a factor of it."""
     masks = [np.arange(64)[None] < 16]

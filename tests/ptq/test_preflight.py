@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def test_what_needs_no_data_keeps_no_activations() -> None:
     rules = dict.fromkeys(RULES, Rule(layers=("blocks",), scheme="int4:g32"))
     found = estimate(rules, SHAPES, load=None)
     assert (found.activation_bytes, found.operations) == (0, 0)
+    assert found.statistic_bytes == 6 * 4 * 64 * 256  # no Gram matrix, nor a factor of it
+    tight = dataclasses.replace(found, available_bytes=found.needed_bytes)
+    with pytest.raises(InputError, match=r"are free: free some, or spread the work over devices \(--mesh\)"):
+        tight.check(Path("q"))
     assert estimate(rules, SHAPES, load=LOAD).activation_bytes == 0
     assert estimate(RULES, SHAPES, load=LOAD).operations > 0
 
