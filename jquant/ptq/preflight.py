@@ -127,13 +127,14 @@ def estimate(
     parts = _parts(shapes)
     blocks = {prefix: inside for prefix, inside in parts.items() if prefix.startswith("blocks.")}
     load = load if any(map(rule_needs_data, rules.values())) else None
-    cost, kept, written, moved = Cost(), 0, 0, 0
+    cost, kept, filed, written, moved = Cost(), 0, 0, 0, 0
     for index, (prefix, inside) in enumerate(parts.items()):
         wanted = {path: rules[prefix + path] for path in inside if prefix + path in rules}
         reading = [path for path in wanted if prefix + path != EMBEDDING]
         groups = _groups(reading, places if prefix in blocks else ())
         if load is not None:
             kept = max(kept, sum(load.rows(inside[group[0]]) * inside[group[0]][-1] for group in groups))
+            filed = max(filed, sum(load.rows(inside[path]) * inside[path][-1] for path in reading))
         if prefix in blocks and index < finished:
             continue
         cost += _part_cost(prefix, inside, wanted, groups, places, load)
@@ -147,13 +148,14 @@ def estimate(
         math.prod(shape) for prefix, inside in parts.items() if prefix not in blocks for shape in inside.values()
     )
     widest = max((shapes[path] for path in rules), key=lambda shape: shape[-1])
-    reading = [shapes[path] for path in rules if path != EMBEDDING] if load is not None else []
-    squares = max((math.prod(shape[:-2]) * shape[-1] ** 2 for shape in reading), default=0)
-    states = activations = 0
+    with_inputs = [shapes[path] for path in rules if path != EMBEDDING] if load is not None else []
+    squares = max((math.prod(shape[:-2]) * shape[-1] ** 2 for shape in with_inputs), default=0)
+    states = activations = spilled = 0
     if load is not None:
         hidden = min((shape[-1] for inside in blocks.values() for shape in inside.values()), default=0)
         states = load.tokens * itemsize * hidden
         activations = 2 * states + itemsize * kept
+        spilled = 2 * states + itemsize * filed  # layers that read the same input have a file each
     rates = measured_rates()
     seconds = cost.operations / rates.operations + cost.roundings / rates.roundings
     return Estimate(
@@ -165,7 +167,7 @@ def estimate(
         + 6 * 4 * math.prod(widest) // axis_size(mesh, *CUTTING),
         available_bytes=_available(1 if mesh is None else len(mesh.local_devices)),
         written_bytes=written + (1 if finished else _STATES) * states,
-        spilled_bytes=activations if spill else 0,
+        spilled_bytes=spilled if spill else 0,
         free_disk_bytes=_free_disk(target),
     )
 

@@ -52,6 +52,8 @@ def test_memory_holds_two_blocks_and_the_embedding() -> None:
 
 def test_layers_that_read_the_same_input_keep_it_once() -> None:
     assert _of("gptq", "int4:g32").activation_bytes == 4 * 4096 * (2 * 64 + 3 * 64 + 256)
+    # Files are one a layer.
+    assert _of("gptq", "int4:g32", spill=True).spilled_bytes == 4 * 4096 * (2 * 64 + 6 * 64 + 256)
 
 
 def test_what_needs_no_data_keeps_no_activations() -> None:
