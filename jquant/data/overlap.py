@@ -14,9 +14,8 @@ from jquant.core.errors import InputError
 from jquant.data.blocks import Windows
 
 _RUN = 32  # tokens; a model keeps a hash of every run that begins at a multiple of it in a calibration window
-_SHORTEST = (
-    13  # that tells of a text, not of a language (GPT-3, Brown et al., 2005.14165, C); shorter windows keep none
-)
+_SHORTEST = 13  # that tells of a text and not of a language (GPT-3: Brown et al., 2005.14165, C)
+SAID = ("text", "text_sha256", "ids_sha256", "windows", "window")  # what people read of a record
 _MOST = 4096  # hashes that it keeps: those of 131,072 tokens; of more, as in training, so many
 
 
@@ -54,7 +53,7 @@ def calibration_record(windows: Windows) -> dict[str, Any]:
     """What a quantized model keeps of the windows that it learned from: JSON values, up to 45 kB.
 
     Of every run of 63 tokens that another text shares with a window, one of the hashed runs is a part; where there are
-    more of these than are kept, of a longer part of the text.
+    more of these than are kept, of a longer part of the text. Short windows keep none.
     """
     record: dict[str, Any] = {
         "text": windows.text_name,

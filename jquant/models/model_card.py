@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import yaml
 
 from jquant import __version__
+from jquant.data.overlap import SAID
 from jquant.models.checkpoint import Checkpoint
 
 
@@ -36,7 +37,9 @@ def model_card(checkpoint: Checkpoint, format: str, schemes: Mapping[str, str]) 
     ]
     calibration = said.get("calibration")
     if isinstance(calibration, dict):
-        rows += [(f"calibration {name.replace('_', ' ')}", f"`{value}`") for name, value in calibration.items()]
+        rows += [
+            (f"calibration {name.replace('_', ' ')}", f"`{calibration[name]}`") for name in SAID if name in calibration
+        ]
     evaluation = said.get("evaluation")
     if isinstance(evaluation, dict):
         rows += [(name, str(value)) for name, value in evaluation.items()]

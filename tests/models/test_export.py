@@ -16,6 +16,8 @@ from jquant import qat
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
+from jquant.data.blocks import windows
+from jquant.data.overlap import calibration_record
 from jquant.io.hf_directory import open_hf_directory
 from jquant.models.checkpoint import open_checkpoint
 from jquant.models.decoder import Decoder
@@ -229,6 +231,17 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     assert "14 packed tensors" in card
     assert open_checkpoint(tmp_path / "out").tokenizer().sha256 == byte_tokenizer().sha256
     assert open_checkpoint(tmp_path / "out").provenance["source"] == "tiny"
+
+
+def test_the_card_says_what_text_was_learned_from_and_the_record_keeps_its_hashes(tmp_path: Path) -> None:
+    cut = dataclasses.replace(windows(np.arange(64), window=32), text_name="notes")
+    record = calibration_record(cut)
+    save(tiny_model(), tmp_path / "native", tokenizer=byte_tokenizer(), provenance={"calibration": record})
+    export(tmp_path / "native", tmp_path / "out", format="hf")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| calibration text | `notes` |" in card
+    assert record["runs"] not in card
+    assert open_checkpoint(tmp_path / "out").provenance["calibration"] == record
 
 
 def test_what_was_measured_is_in_the_card_and_the_record(tmp_path: Path) -> None:
