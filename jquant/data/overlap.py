@@ -52,8 +52,8 @@ def check_disjoint(calibration: Windows, evaluation: Windows, *, run: int = 64) 
 def calibration_record(windows: Windows) -> dict[str, Any]:
     """What a quantized model keeps of the windows that it learned from: JSON values, up to 45 kB.
 
-    Of every run of 63 tokens that another text shares with a window, one of the hashed runs is a part; where there are
-    more of these than are kept, of a longer part of the text. Short windows keep none.
+    Of every run of 63 tokens that another text shares with what the windows cover, one of the hashed runs is a part;
+    where there are more of these than are kept, of a longer part.
     """
     record: dict[str, Any] = {
         "text": windows.text_name,
@@ -62,12 +62,18 @@ def calibration_record(windows: Windows) -> dict[str, Any]:
         "windows": len(windows.tokens),
         "window": windows.window,
     }
-    run = min(_RUN, windows.window)
+    covered = _covered(windows)
+    run = min(_RUN, covered.size)
     if run < _SHORTEST:
         return record
-    hashes = np.unique(_run_hashes(windows.tokens, run)[:, ::run][_telling(windows.tokens, run)])
-    kept = hashes[:: -(-hashes.size // _MOST)].astype("<u8")
+    hashes = np.unique(_run_hashes(covered, run)[:, ::run][_telling(covered, run)])
+    kept = hashes[:: max(1, -(-hashes.size // _MOST))].astype("<u8")
     return record | {"run": run, "runs": base64.b64encode(kept.tobytes()).decode("ascii")}
+
+
+def _covered(windows: Windows) -> Int32[np.ndarray, "1 tokens"]:
+    """The ids that windows cover, each once."""
+    return np.concatenate([windows.tokens[0], windows.tokens[1:, -windows.stride :].reshape(-1)])[None]
 
 
 def _telling(tokens: Int32[np.ndarray, "n window"], run: int) -> np.ndarray:
@@ -93,7 +99,7 @@ def refuse_seen(record: Any, evaluation: Windows, model: str) -> None:
         model: its name.
 
     Raises:
-        InputError: the text is that of calibration, or a window holds a part of it.
+        InputError: the text is that of calibration, or windows hold a part of it.
     """
     if not isinstance(record, Mapping):
         return
@@ -103,14 +109,13 @@ def refuse_seen(record: Any, evaluation: Windows, model: str) -> None:
         )
     refuse_seen(record.get("earlier"), evaluation, model)
     run, hashes = record.get("run"), _decoded(record.get("runs"))
-    tokens = evaluation.tokens
-    if evaluation.stride == evaluation.window:  # one after the other: runs reach over their ends
-        tokens = tokens.reshape(1, -1)
-    if not isinstance(run, int) or not 0 < run <= tokens.shape[1] or hashes is None:
+    covered = _covered(evaluation)
+    if not isinstance(run, int) or not 0 < run <= covered.size or hashes is None:
         return
-    found = np.argwhere(np.isin(_run_hashes(tokens, run), hashes))
+    found = np.flatnonzero(np.isin(_run_hashes(covered, run), hashes))
     if found.size:
-        window, start = divmod(int(found[0][1]), evaluation.window) if len(tokens) == 1 else map(int, found[0])
+        window = min(int(found[0]) // evaluation.stride, len(evaluation.tokens) - 1)
+        start = int(found[0]) - window * evaluation.stride
         raise InputError(
             f"{model} was calibrated on a part of the text {evaluation.text_name}: window {window} holds, from token "
             f"{start} on, {run} tokens of its calibration text {record.get('text', '')}; its figures there say "

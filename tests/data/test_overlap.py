@@ -61,7 +61,7 @@ def _record(cut: Windows) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("window", "start", "length"), [(128, 512 + at, 63) for at in (0, 17, 31, 65)] + [(20, 71, 39)]
+    ("window", "start", "length"), [(128, 512 + at, 63) for at in (0, 17, 31, 65)] + [(20, 71, 63)]
 )
 def test_a_text_that_holds_a_part_of_the_calibration_is_refused(window: int, start: int, length: int) -> None:
     rng = np.random.default_rng(start)
@@ -93,11 +93,22 @@ def test_damaged_records_refuse_nothing(damaged: object) -> None:
     refuse_seen(damaged, _named(np.arange(100), 50, "story"), "m")
 
 
-def test_windows_that_are_short_tell_of_their_whole_text_alone() -> None:
-    cut = _named(np.arange(120), 12, "notes")
+def test_little_text_tells_of_itself_alone() -> None:
+    cut = _named(np.arange(12), 4, "notes")
     assert "runs" not in _record(cut)
     refuse_seen(_record(cut), dataclasses.replace(cut, text_sha256="another"), "m")
-    assert "runs" in _record(_named(np.arange(130), 13, "notes"))
+    short = _record(_named(np.arange(130), 4, "notes"))
+    assert short["run"] == 32
+    refuse_seen(short, _named(np.arange(1000, 1200), 100, "story"), "m")
+    with pytest.raises(InputError, match="a part of the text story"):
+        refuse_seen(short, _named(np.arange(20, 120), 100, "story"), "m")
+
+
+def test_windows_that_step_by_less_than_their_length() -> None:
+    ids = np.random.default_rng(0).integers(0, 1000, 512)
+    cut = windows(np.concatenate([np.arange(2000, 2032), ids[:64]]), window=16, stride=8)
+    with pytest.raises(InputError, match="window 4 holds, from token 0 on, 32 tokens"):
+        refuse_seen(_record(_named(ids, 128, "notes")), cut, "m")
 
 
 def test_windows_of_evaluation_may_be_shorter_than_a_run() -> None:
@@ -112,6 +123,8 @@ def test_rulers_and_rows_of_zeros_tell_of_no_text() -> None:
     ours, theirs = rng.integers(0, 1000, 512), rng.integers(1000, 2000, 512)
     ours[100:300] = theirs[200:400] = np.arange(200) % 12
     refuse_seen(_record(_named(ours, 512, "notes")), _named(theirs, 512, "story"), "m")
+    zeros = _named(np.zeros(512, int), 512, "zeros")
+    refuse_seen(_record(zeros), dataclasses.replace(zeros, text_sha256="another"), "m")
 
 
 def test_what_the_source_had_learned_from_is_kept() -> None:
