@@ -34,6 +34,7 @@ from jquant.ptq.cost import Cost, Load, Shape, measured_rates, rounding, square_
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
 from jquant.ptq.rule_check import EMBEDDING
+from jquant.ptq.second_level import reading_together
 from jquant.ptq.transforms import TRANSFORMS, configured
 from jquant.ptq.trial import Outline
 
@@ -131,7 +132,7 @@ def estimate(
     for index, (prefix, inside) in enumerate(parts.items()):
         wanted = {path: rules[prefix + path] for path in inside if prefix + path in rules}
         reading = [path for path in wanted if prefix + path != EMBEDDING]
-        groups = _groups(reading, places if prefix in blocks else ())
+        groups = reading_together(reading, places if prefix in blocks else ())
         if load is not None:
             kept = max(kept, sum(load.rows(inside[group[0]]) * inside[group[0]][-1] for group in groups))
             filed = max(filed, sum(load.rows(inside[path]) * inside[path][-1] for path in reading))
@@ -180,13 +181,6 @@ def _parts(shapes: Mapping[Path, Shape]) -> dict[str, dict[Path, Shape]]:
         prefix = "".join(f"{name}." for name in path.split(".")[:depth])
         parts.setdefault(prefix, {})[path.removeprefix(prefix)] = shapes[path]
     return parts
-
-
-def _groups(paths: Sequence[Path], places: Sequence[Equivalence]) -> list[list[Path]]:
-    """Those that read the same input stand together."""
-    together = [[path for path in place.consumers if path in paths] for place in places]
-    known = {path for group in together for path in group}
-    return [*filter(None, together), *([path] for path in paths if path not in known)]
 
 
 def _part_cost(
