@@ -37,7 +37,7 @@ from jquant.ptq.recipe import Recipe, Rule, assign
 from jquant.ptq.rule_check import check_products, check_rules, inputs_of_gram
 from jquant.ptq.workdir import open_workdir
 
-NUMERICS = 12  # raised when a change moves bits: an unfinished run of another value is not gone on with
+NUMERICS = 13  # raised when a change moves bits: an unfinished run of another value is not gone on with
 
 
 def quantize_checkpoint(

@@ -21,9 +21,9 @@ on the same machine, as the first one was at its limit of 576 s:
     GPTQ 4096 in, 14336 out                     9.1               16    rounding 3, Cholesky 1.6 and its order 1.3,
       … default                                 9.2               16    the search of the range 1.5, products .9
     GPTQ 14336 in, 4096 out, and default        51.5 50.6         190   Cholesky 32
-    six schemes, 4096 in, 14336 out             38.6              24.5  3.9 × one, 4.4 in other runs (bar 2.5): rounding
-                                                                        12, searches of ranges 12.5 (4 of nf4's),
-                                                                        products 5, factor 2.9
+    six schemes, 4096 in, 14336 out             33.9              22.0  3.9 × one of 8.8 (bar 2.5): rounding 12.6,
+                                                                        searches of ranges 10 (3.7 of nf4's), products
+                                                                        5, factor 2.9
     fake-quant int4 g128, 8192²                 0.099    0.101    0.108 memory
     W8A8 int8, 8192³                            0.829    0.762    0.897 the product, codes .06
     W8A8 fp8, 8192³                             0.866    0.802    0.944 likewise
@@ -48,7 +48,7 @@ on the same machine, as the first one was at its limit of 576 s:
 Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94 .89
 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31 .32
 .32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of
-profiles of earlier runs; tokens are of later ones, fp8's of its own. In one program with a loop over 16
+profiles of earlier runs; tokens and the six schemes are of later ones, fp8's of its own. In one program with a loop over 16
 tokens (int4's took longer than a minute to compile) bf16 takes 1.52 for 1.75.
 
 The product of one row, by what was tried: a kernel, and one of XLA's that sums its parts and puts the next x in order,
@@ -56,8 +56,8 @@ The product of one row, by what was tried: a kernel, and one of XLA's that sums 
 more stages, up to 1 more; four groups of warps, each with a row of copies of its own, the same, and 2 more for tables.
 
 One solution of 4096 to 14336 took 13.7 ms and six took 70.5 while a kernel took 128 columns and each scheme was solved
-alone: both are faster now, the one by more, so that six are no nearer to 2.5 of one. Without its search of ranges six
-would take some 25 ms still.
+alone: both are faster now, the one by more, so that six are no nearer to 2.5 of one; of the 16 ms that the bar gives
+one they are 2.1. Without its search of ranges six would take some 24 ms still.
 """
 
 from __future__ import annotations

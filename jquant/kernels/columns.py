@@ -14,22 +14,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 
-def load(ref: Any, *, assembly: bool) -> Array:
-    """All of `ref` [columns, rows]."""
-    return ref[_places(*ref.shape)] if assembly else ref[...]
+def load(ref: Any, piece: int, *, assembly: bool) -> list[Array]:
+    """All of `ref` [columns, rows], in pieces of so many columns, which a kernel adds up one after another."""
+    return [ref[_places(begin, piece, ref.shape[1], assembly)] for begin in range(0, ref.shape[0], piece)]
 
 
-def load_column(ref: Any, rows: int, *, assembly: bool) -> Array:
-    """All of `ref` [count, 1] for all rows: [count, 1 or rows]."""
+def load_column(ref: Any, rows: int, piece: int, *, assembly: bool) -> list[Array]:
+    """All of `ref` [count, 1] for all rows, in pieces [piece, 1 or rows]."""
+    found = []
+    for begin in range(0, ref.shape[0], piece):
+        column, _ = _places(begin, piece, rows, assembly)
+        found.append(ref[column, jnp.zeros_like(column)] if assembly else ref[column, :])
+    return found
+
+
+def _places(begin: int, count: int, rows: int, assembly: bool) -> tuple[Any, Any]:
     if not assembly:
-        return ref[...]
-    column, _ = _places(ref.shape[0], rows)
-    return ref[column, jnp.zeros_like(column)]
-
-
-def _places(count: int, rows: int) -> tuple[Int32[Array, "count rows"], Int32[Array, "count rows"]]:
+        return slice(begin, begin + count), slice(None)
     column, row = (
-        _hidden(jax.lax.broadcasted_iota(jnp.int32, shape, axis)) for axis, shape in enumerate(((count, 1), (1, rows)))
+        _hidden(begin * (1 - axis) + jax.lax.broadcasted_iota(jnp.int32, shape, axis))
+        for axis, shape in enumerate(((count, 1), (1, rows)))
     )
     return jnp.broadcast_to(column, (count, rows)), jnp.broadcast_to(row, (count, rows))
 

@@ -7,6 +7,12 @@ XLA runs a column as several small kernels, which on an H100 take longer to star
 bfloat16 parts, and within a part columns and what they lost share a tile of registers. Several schemes stand side by
 side as more rows of one weight: while a program waits for a column, others of its multiprocessor run.
 
+What limits is how long loads take: a program has 250 registers, so that a multiprocessor holds eight, and of the 0.7 µs
+that a column takes issuing its 293 instructions is a fifth. Tried on an H100 (int4, 4096 to 14336, 512 columns): what
+eight columns lost and their shares in registers, a row a thread, 0.25 ms in place of 0.35, and thrice the time to
+compile, minutes where five formats stand side by side; four columns 0.31, and twice. Not taken: a layer would save a
+millisecond.
+
 Reference: GPTQ (Frantar et al., 2210.17323), 3.2 to 3.4; jquant/ptq/gptq.py for the form with R.
 """
 
@@ -28,6 +34,7 @@ from jquant.kernels.options import assembles, lanes, triton_options
 from jquant.kernels.rounding import Divisor, divisor, nearest_code, quotient, whole_quotient
 
 _ROWS, _WARPS = 32, 1
+_ROWS_OF_SEVERAL, _WARPS_OF_SEVERAL = 64, 2  # schemes: there is enough to wait for, and products have wider operands
 _PART = 32  # columns, or all of fewer
 _PRODUCT = 64  # columns of earlier parts that a product takes, and then the rest a part each
 _MOST = 1024  # columns of a block
@@ -102,7 +109,8 @@ def round_block(
     from jax.experimental import pallas as pl
 
     n, out, schemes = len(block.root), block.weight.whole.shape[1], len(kinds)
-    rows = lanes(_ROWS)
+    width, warps = (_ROWS, _WARPS) if schemes == 1 else (_ROWS_OF_SEVERAL, _WARPS_OF_SEVERAL)
+    rows = lanes(width)
     programs = -(-out // rows)  # of a scheme
     padded = programs * rows
 
@@ -153,7 +161,7 @@ def round_block(
         input_output_aliases={inputs + index: place for index, place in enumerate(before)},
         interpret=interpret,
         name="gptq_block",
-        **triton_options(_WARPS, interpret),
+        **triton_options(warps, interpret),
     )(
         *(whole_tiles(each.whole) for each in (*block.columns, block.weight)),
         *tables,

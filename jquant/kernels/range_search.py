@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,9 +29,10 @@ from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Scheme
 from jquant.kernels.columns import load, load_column
 from jquant.kernels.options import assembles, lanes, triton_options
-from jquant.kernels.rounding import nearest_code, to_whole
+from jquant.kernels.rounding import beyond_nearest_whole, multiply_add, nearest_code, to_whole
 
-_ROWS, _WARPS = 32, 2
+_ROWS, _WARPS = 8, 1  # few rows, as a program is done when the last of them is; four threads share one
+_PIECE = 32  # columns whose losses are summed side by side, or the group's, which are less
 _LOOKED_UP_AFTER = 8  # tries after which a program may be done
 
 
@@ -111,21 +113,27 @@ def _kernel(
     element: Element, config: RangeSearch, has_low: bool, weighted: bool, assembly: bool, columns: Any, *refs: Any
 ) -> None:
     given = iter(refs)
-    x, high = load(columns, assembly=assembly), next(given)[...]
+    piece = min(_PIECE, columns.shape[0])
+    x, high = load(columns, piece, assembly=assembly), next(given)[...]
     low = next(given)[...] if has_low else None
-    weight = load_column(next(given), columns.shape[1], assembly=assembly) if weighted else None
+    weight = load_column(next(given), high.shape[1], piece, assembly=assembly) if weighted else [None] * len(x)
     best = next(given)
 
     tries = count_of_tries(config)
     together = math.gcd(tries, _LOOKED_UP_AFTER)
 
-    def lost(missed: Array, scale: Array) -> Array:
+    def lost(missed: Callable[[Array], Array], scale: Array) -> Array:
         """Of each row what it loses where its values are missed by so many times the scale."""
-        if config.exponent == 2:
-            each, unit = missed * missed, scale * scale
-        else:
-            each, unit = (jnp.exp(config.exponent * jnp.log(jnp.maximum(x, 1e-30))) for x in (missed, scale))
-        return unit * jnp.sum(each if weight is None else each * weight, axis=0, keepdims=True)
+        power = partial(_power, exponent=config.exponent)
+        total = jnp.zeros(x[0].shape, jnp.float32)
+        for piece, by in zip(x, weight, strict=True):
+            each = missed(piece)
+            if config.exponent != 2:
+                total = total + power(jnp.abs(each)) * (1 if by is None else by)
+            else:
+                by = each if by is None else jnp.broadcast_to(by, each.shape) * each
+                total = multiply_add(each, by, total, assembly=assembly)
+        return power(scale) * jnp.sum(total, axis=0, keepdims=True)
 
     def levels_at(step: Any) -> _Levels:
         factor = 1 - step.astype(jnp.float32) * jnp.float32(1 / config.grid)
@@ -133,16 +141,20 @@ def _kernel(
 
     def one(step: Any, found: tuple[Array, Array]) -> tuple[Array, Array]:
         levels = levels_at(step)
-        error = lost(_missed(x * (1 / levels.scale), levels, element, assembly), levels.scale)
+        error = lost(_missed(levels, element, assembly), levels.scale)
         least, chosen = found
         return jnp.minimum(error, least), jnp.where(error < least, step, chosen)
 
     def some(begin: Any, found: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         least, chosen = jax.lax.fori_loop(0, together, lambda index, found: one(begin + index, found), found)
         levels = levels_at(begin + together - 1)
-        ratio = x * (1 / levels.scale)
-        beyond = ratio - jnp.clip(ratio, levels.lowest - levels.slack, levels.highest + levels.slack)
-        hopeless = (lost(jnp.abs(beyond), levels.scale) > 1.001 * least) | (least == 0)
+        inverse = 1 / levels.scale
+
+        def beyond(x: Array) -> Array:
+            ratio = x * inverse
+            return ratio - jnp.clip(ratio, levels.lowest - levels.slack, levels.highest + levels.slack)
+
+        hopeless = (lost(beyond, levels.scale) > 1.001 * least) | (least == 0)
         return jnp.sum(jnp.where(hopeless, 0, 1)), least, chosen
 
     def some_if_any_is_open(index: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -176,11 +188,23 @@ def _levels(high: Array, low: Array | None, element: Element) -> _Levels:
     return _Levels(scale, float(values.min()), float(values.max()), 0)
 
 
-def _missed(ratio: Array, levels: _Levels, element: Element, assembly: bool) -> Array:
-    """By how many times the scale values are missed, [group, rows]."""
-    if isinstance(element, Int):
-        near = jnp.clip(ratio, levels.lowest, levels.highest)
-        return jnp.abs(ratio - to_whole(near, assembly=assembly))
-    if isinstance(element, Codebook):  # twice as fast as a comparison and a choice for each level
-        return functools.reduce(jnp.minimum, (jnp.abs(ratio - level) for level in map(float, element.levels())))
-    return jnp.abs(ratio - nearest_code(ratio, element)[1])
+def _missed(levels: _Levels, element: Element, assembly: bool) -> Callable[[Array], Array]:
+    """By how many times the scale values [columns, rows] are missed, with a sign or without."""
+    inverse = 1 / levels.scale
+
+    def missed(x: Array) -> Array:
+        if isinstance(element, Int) and assembly:
+            return beyond_nearest_whole(x, inverse, levels.lowest, levels.highest)
+        ratio = x * inverse
+        if isinstance(element, Int):
+            return ratio - to_whole(jnp.clip(ratio, levels.lowest, levels.highest))
+        if isinstance(element, Codebook):  # twice as fast as a comparison and a choice for each level
+            return functools.reduce(jnp.minimum, (jnp.abs(ratio - level) for level in map(float, element.levels())))
+        return ratio - nearest_code(ratio, element)[1]
+
+    return missed
+
+
+def _power(x: Array, exponent: float) -> Array:
+    """x^exponent for x ≥ 0."""
+    return x * x if exponent == 2 else jnp.exp(exponent * jnp.log(jnp.maximum(x, 1e-30)))

@@ -89,6 +89,22 @@ def to_whole(y: Array, *, assembly: bool = False) -> Array:
     return shifted - jnp.float32(_UNITS)
 
 
+def beyond_nearest_whole(
+    x: Float32[Array, "..."], by: Float32[Array, "..."], lowest: Array | float, highest: Array | float
+) -> Float32[Array, "..."]:
+    """x·by less the whole number nearest to it from lowest to highest, in NVIDIA's assembly; for |lowest| < 2²²."""
+    lines = (
+        f"{{ .reg .f32 w; fma.rn.f32 w, $1, $2, {_hex(_UNITS)}; max.f32 w, w, $3; min.f32 w, w, $4; "
+        f"sub.rn.f32 w, {_hex(_UNITS)}, w; fma.rn.f32 $0, $1, $2, w; }}"
+    )
+    return _by_assembly(lines, x, by, *(jnp.float32(_UNITS) + jnp.asarray(end) for end in (lowest, highest)))
+
+
+def multiply_add(x: Array, y: Array, z: Array, *, assembly: bool) -> Array:
+    """x·y + z, of float32 arrays of one shape; by assembly in one operation, which compilers of kernels do not make."""
+    return _by_assembly("fma.rn.f32 $0, $1, $2, $3;", x, y, z) if assembly else x * y + z
+
+
 def _by_assembly(lines: str, *operands: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """Element by element, $0 from $1, $2, …"""
     from jax.experimental.pallas import triton

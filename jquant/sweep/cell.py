@@ -31,7 +31,7 @@ from jquant.sweep.results import Cell
 from jquant.sweep.statistics import Statistics
 
 FLOAT = "float"
-NUMERICS = 7  # raised when a change moves numbers of cells: cells of another value are not mixed with these
+NUMERICS = 8  # raised when a change moves numbers of cells: cells of another value are not mixed with these
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
