@@ -21,7 +21,7 @@ on the same machine, as the first one was at its limit of 576 s:
     GPTQ 4096 in, 14336 out                     9.1               16    rounding 3, Cholesky 1.6 and its order 1.3,
       … default                                 9.2               16    the search of the range 1.5, products .9
     GPTQ 14336 in, 4096 out, and default        51.5 50.6         190   Cholesky 32
-    six schemes, 4096 in, 14336 out             33.9              22.0  3.9 × one of 8.8 (bar 2.5): rounding 12.6,
+    six schemes, 4096 in, 14336 out             33.9              22.0  3.9 × one of 8.8 (bar 2.5): rounding 12,
                                                                         searches of ranges 10 (3.7 of nf4's), products
                                                                         5, factor 2.9
     fake-quant int4 g128, 8192²                 0.099    0.101    0.108 memory
@@ -45,11 +45,11 @@ on the same machine, as the first one was at its limit of 576 s:
                                                                         on another machine), then 0.83
     training step: see scripts/bench_qat.py
 
-Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94 .89
-.95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31 .32
-.32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of
-profiles of earlier runs; tokens and the six schemes are of later ones, fp8's of its own. In one program with a loop over 16
-tokens (int4's took longer than a minute to compile) bf16 takes 1.52 for 1.75.
+Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94
+.89 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31
+.32 .32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of profiles of earlier runs;
+tokens and the six schemes are of later ones, fp8's of its own. In one program with a loop over 16 tokens (int4's took
+longer than a minute to compile) bf16 takes 1.52 for 1.75.
 
 The product of one row, by what was tried: a kernel, and one of XLA's that sums its parts and puts the next x in order,
 17.7 to 19.3 µs; one kernel (packed_mma.py) 16.0 to 16.2; of a scale a row in place of 64 15.0; steps of 1024 inputs, or
