@@ -28,13 +28,11 @@ class QuantizeConfig:
     scheme: str | None = None
     """In the place of a recipe: one scheme for all `layers`, as int4:g64:asym."""
     method: str = "rtn"
-    """With `scheme`: rtn, rtn-mse, gptq or hqq; transforms before it, as awq+gptq; and after an @ the scheme of the
-    layers' inputs, as smoothquant@int8:token."""
+    """With `scheme`: rtn, rtn-mse, gptq, hqq; transforms first: awq+gptq; inputs after: smoothquant@int8:token."""
     layers: Names = (r"^blocks\.",)
     """With `scheme`: regular expressions of the layers to quantize."""
     calibration: str = "pydoc:calibration"
-    """What methods learn from: a file, a folder, a name (pydoc, wikitext, c4, pile, openplatypus; of datasets the train
-    split, unless as wikitext:validation), or `recommended`: the guide's choice."""
+    """What methods learn from: a file, a folder, pydoc; wikitext, c4, pile, openplatypus (train split); recommended."""
     calibration_windows: int | None = None
     """How many windows of it, from its start; by default 32, or what is recommended where that is asked for."""
     window: int | None = None

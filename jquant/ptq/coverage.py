@@ -99,8 +99,7 @@ class Coverage:
 
     def summary(self) -> str:
         """One line for people."""
-        kinds = Counter((layer.method, layer.scheme) for layer in self.layers)
-        done = ", ".join(f"{count} by {method} to {scheme}" for (method, scheme), count in kinds.items())
+        done = ", ".join(f"{count} by {what}" for what, count in Counter(map(_done, self.layers)).items())
         text = f"{len(self.layers)} layers: {done}; {len(self.left_alone)} left alone"
         if self.fallbacks:
             text += f"; {len(self.fallbacks)} FELL BACK to rounding: {', '.join(self.fallbacks[:5])}"
@@ -149,8 +148,11 @@ def render(coverage: Coverage) -> Any:
     return Group(*parts[1:])
 
 
-def _kind(layer: LayerReport) -> str:
+def _done(layer: LayerReport) -> str:
     method = "+".join((*layer.transforms, layer.method))
-    inputs = "" if layer.activation is None else f", inputs to {layer.activation}"
+    return f"{method} to {layer.scheme}" + ("" if layer.activation is None else f" with inputs in {layer.activation}")
+
+
+def _kind(layer: LayerReport) -> str:
     fallback = "; FELL BACK to rounding" if layer.fallback else ""
-    return f"{method} to {layer.scheme}{inputs}; errors of the {'outputs' if layer.on_data else 'weights'}{fallback}"
+    return f"{_done(layer)}; errors of the {'outputs' if layer.on_data else 'weights'}{fallback}"

@@ -35,6 +35,24 @@ class Data:
         return "bfloat16" if self.narrow else "float32"
 
 
+def check_sequences(batches: Any, masks: Any) -> None:
+    """Raises InputError unless they can be read again and again, as every block does."""
+    for name, given in (("calibration batches", batches), ("masks", masks)):
+        if given is not None and not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+            raise InputError(f"{name} are a {type(given).__name__}: every block reads them, so give a list")
+
+
+def check_arrays(batches: Sequence[tuple[Any, ...]]) -> None:
+    """Raises InputError where a module of its own would be called with what is no array."""
+    for index, batch in enumerate(batches):
+        for each in batch:
+            if not isinstance(each, np.ndarray | jax.Array):
+                raise InputError(
+                    f"calibration batch {index} is a {type(each).__name__}: give the array that the module is called "
+                    "with, or a tuple of arrays"
+                )
+
+
 def check_tokens(batches: Sequence[Any], masks: Sequence[Any] | None, vocabulary: int | None) -> None:
     """Raises InputError where a batch is no array of token ids, of another shape or outside the vocabulary, or a mask
     does not fit it.

@@ -75,26 +75,27 @@ class Estimate:
             if not self.activation_bytes:
                 advice = "free some, or spread the work over devices (--mesh)"
             raise InputError(
-                f"the run needs {needed / 1e9:.1f} GB ({self.weight_bytes / 1e9:.1f} of weights, "
-                f"{self.activation_bytes / 1e9:.1f} of activations, {self.statistic_bytes / 1e9:.1f} of statistics), "
-                f"{self.available_bytes / 1e9:.1f} GB are free: {advice}"
+                f"the run needs {_size(needed)} ({_size(self.weight_bytes)} of weights, "
+                f"{_size(self.activation_bytes)} of activations, {_size(self.statistic_bytes)} of statistics), "
+                f"{_size(self.available_bytes)} are free: {advice}"
             )
         if self.free_disk_bytes is not None and self.disk_bytes > self.free_disk_bytes:
-            spilled = f", {self.spilled_bytes / 1e9:.1f} of them activations" if spills else ""
+            spilled = f", {_size(self.spilled_bytes)} of them activations" if spills else ""
             raise InputError(
-                f"{target}: the run writes {self.disk_bytes / 1e9:.1f} GB{spilled}, "
-                f"{self.free_disk_bytes / 1e9:.1f} GB are free on that disk: make room, or choose another --out"
+                f"{target}: the run writes {_size(self.disk_bytes)}{spilled}, "
+                f"{_size(self.free_disk_bytes)} are free on that disk: make room, or choose another --out"
                 + (", or fewer windows" if spills else "")
             )
 
     def __str__(self) -> str:
+        in_memory = self.activation_bytes and not self.spilled_bytes
         products = f"{self.operations / 1e12:.1f} TFLOP, " if self.operations > 5e10 else ""
         return (
             f"{products}about {_duration(self.seconds)} beyond compiling; "
-            f"memory {self.needed_bytes / 1e9:.1f} GB"
-            f"{'' if self.spilled_bytes else f', {self.activation_bytes / 1e9:.1f} of them activations'}; "
-            f"disk {self.disk_bytes / 1e9:.1f} GB"
-            f"{f', {self.spilled_bytes / 1e9:.1f} of them activations' if self.spilled_bytes else ''}"
+            f"memory {_size(self.needed_bytes)}"
+            f"{f', {_size(self.activation_bytes)} of them activations' if in_memory else ''}; "
+            f"disk {_size(self.disk_bytes)}"
+            f"{f', {_size(self.spilled_bytes)} of them activations' if self.spilled_bytes else ''}"
         )
 
 
@@ -261,3 +262,8 @@ def _duration(seconds: float) -> str:
         if seconds < 7200
         else f"{seconds / 3600:.1f} h"
     )
+
+
+def _size(count: float) -> str:
+    """Of so many bytes."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"

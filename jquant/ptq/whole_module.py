@@ -17,7 +17,7 @@ from jquant.nn.surgery import module_at, replace
 from jquant.ptq.activations import Store
 from jquant.ptq.block import check_input_layer, quantize_block, rule_needs_data
 from jquant.ptq.coverage import Coverage
-from jquant.ptq.data import Data, check_masks
+from jquant.ptq.data import Data, check_arrays, check_masks
 from jquant.ptq.recipe import Recipe, assign
 from jquant.ptq.rule_check import check_rules
 
@@ -47,6 +47,7 @@ def quantize_whole(
         given = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
         if not given:
             raise InputError("the recipe's methods learn from data: give at least one calibration batch")
+        check_arrays(given)
         check_masks(masks, len(given))
         data = Data(
             count=len(given),

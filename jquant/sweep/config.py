@@ -26,13 +26,11 @@ class SweepConfig:
     groups: Sizes = ()
     """Group sizes to combine with every scheme; without them schemes stand as written."""
     methods: Names = ("rtn",)
-    """How codes are chosen: rtn, rtn-mse, gptq, hqq, and after AWQ's scaling awq, awq+gptq; each for every scheme. With
-    an @ layers quantize their inputs too: rtn@int8:token, smoothquant@int8:token."""
+    """How codes are chosen: rtn, rtn-mse, gptq, hqq, and after AWQ's scaling awq, awq+gptq; each for every scheme.
+    With an @ layers quantize their inputs too: rtn@int8:token, smoothquant@int8:token."""
     calibration: str = "pydoc:calibration"
-    """Text that gptq, awq and smoothquant learn from, a source as for --text (of a dataset by name its train split); it
-    must not share passages with it.
-    Statistics are of the float model, taken once for all cells; jquant quantize lets each layer see the quantized ones
-    before it, which gives somewhat different numbers."""
+    """Text that gptq, awq and smoothquant learn from, as --text (of datasets the train split); without its passages.
+    Statistics are of the float model, once for all cells; by jquant quantize layers see those before quantized."""
     calibration_windows: int = 32
     """How many windows of it, as long as those of the text."""
     text: str = "pydoc"

@@ -51,6 +51,14 @@ def test_even_where_nothing_fits() -> None:
     assert "…" not in text
 
 
+def test_the_summary_names_transforms_and_inputs_too() -> None:
+    other = dataclasses.replace(LAYER, method="rtn", transforms=(), scheme="int8:channel", activation="int8:token")
+    coverage = Coverage(layers=(LAYER, other, LAYER), transforms=(), left_alone=("head.lm_head",), seconds=1.0)
+    assert coverage.summary() == (
+        "3 layers: 2 by awq+gptq to int4:g128:asym, 1 by rtn to int8:channel with inputs in int8:token; 1 left alone"
+    )
+
+
 def test_layers_of_one_kind_stand_together() -> None:
     other = dataclasses.replace(
         LAYER, path="head.lm_head", method="rtn", transforms=(), scheme="int8:channel", activation="int8:token"
@@ -63,7 +71,7 @@ def test_layers_of_one_kind_stand_together() -> None:
         "blocks.29.mlp.down_proj",
         "blocks.3.attn.q_proj",
         "",
-        "1 by rtn to int8:channel, inputs to int8:token; errors of the outputs",
+        "1 by rtn to int8:channel with inputs in int8:token; errors of the outputs",
         "layer",
         "head.lm_head",
         "",

@@ -321,6 +321,7 @@ def test_bad_data_is_named() -> None:
         ([BATCHES[0][:, :1]], "at least 2 tokens"),
         ([BATCHES[0][:0]], "at least 2 tokens"),
         (np.stack(BATCHES)[:0], "at least 2 tokens"),
+        (iter(BATCHES), "calibration batches are a list_iterator: every block reads them, so give a list"),
     ],
 )
 def test_batches_that_are_not_windows_of_tokens_are_refused(
@@ -339,6 +340,7 @@ def test_batches_that_are_not_windows_of_tokens_are_refused(
         ([np.ones((2, 32), bool)] * 4, r"mask 0 is \(2, 32\), its batch \(2, 64\): give one entry a token"),
         ([np.zeros((2, 64), np.float32)] * 4, r"mask 0 is float32\[2, 64\]: give boolean arrays"),
         ([None] * 4, "mask 0 is a NoneType: give boolean arrays"),
+        ((mask for mask in [np.ones((2, 64), bool)] * 4), "masks are a generator: every block reads them"),
     ],
 )
 def test_masks_that_do_not_fit_their_batches_are_refused(
@@ -347,6 +349,14 @@ def test_masks_that_do_not_fit_their_batches_are_refused(
     monkeypatch.setattr("jquant.ptq.pipeline._quantize_part", _must_not_run)
     with pytest.raises(InputError, match=message):
         quantize_model(tiny_model(), _plain(), BATCHES, masks=masks)
+
+
+def test_batches_of_a_module_that_is_no_decoder_are_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jquant.ptq.whole_module.quantize_block", _must_not_run)
+    recipe = one_rule("gptq", "int4:g8", layers=(".",))
+    for batch in ([jnp.ones((32, 24))], ([jnp.ones((32, 24))],), "text"):
+        with pytest.raises(InputError, match=r"batch 1 is a (list|str): give the array that the module is called with"):
+            quantize_model(MLP(nnx.Rngs(0)), recipe, [jnp.ones((32, 24)), batch])
 
 
 def test_masks_of_a_module_that_is_no_decoder_are_one_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
