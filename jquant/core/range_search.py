@@ -169,7 +169,7 @@ def _errors(
             value = scheme.element.clip(whole_ratio(x, scale), zero) * scale
         else:
             value = scheme.element.round(exact_ratio(x, scale)) * scale
-        lost = _power(jnp.abs(value - x), exponent)
+        lost = power_of(jnp.abs(value - x), exponent)
         if weights is not None:
             lost = lost * jax.lax.dynamic_slice_in_dim(weights, index, 1)
         return total + lost
@@ -188,6 +188,6 @@ def _ends(element: Element, scale: Array, zero: Array | None) -> tuple[Array, Ar
     return (low, high) if zero is None else (low - scale, high + scale)
 
 
-def _power(x: Array, exponent: float) -> Array:
+def power_of(x: Array, exponent: float) -> Array:
     """x^exponent for x ≥ 0, near 0 below 10⁻³⁰. XLA's own power knows all special cases and takes thrice the time."""
     return x * x if exponent == 2 else jnp.exp(exponent * jnp.log(jnp.maximum(x, 1e-30)))

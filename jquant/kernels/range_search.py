@@ -24,7 +24,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jquant.core.formats import Codebook, Element, Float, Int
 from jquant.core.qtensor import Parameters, parameters_of_range, tile_range
-from jquant.core.range_search import RangeSearch, count_of_tries, factor_of_step, shrunk
+from jquant.core.range_search import RangeSearch, count_of_tries, factor_of_step, power_of, shrunk
 from jquant.core.scales import SMALLEST_SCALE, FloatScale
 from jquant.core.scheme import Scheme
 from jquant.kernels.columns import load, load_column
@@ -124,10 +124,10 @@ def _kernel(
 
     def lost(missed: Callable[[Array], Array], scale: Array) -> Array:
         """Of each row what it loses where its values are missed by so many times the scale."""
-        power = partial(_power, exponent=config.exponent)
+        power = partial(power_of, exponent=config.exponent)
         total = jnp.zeros(x[0].shape, jnp.float32)
-        for piece, by in zip(x, weight, strict=True):
-            each = missed(piece)
+        for part, by in zip(x, weight, strict=True):
+            each = missed(part)
             if config.exponent != 2:
                 total = total + power(jnp.abs(each)) * (1 if by is None else by)
             else:
@@ -203,8 +203,3 @@ def _missed(levels: _Levels, element: Element, assembly: bool) -> Callable[[Arra
         return ratio - nearest_code(ratio, element)[1]
 
     return missed
-
-
-def _power(x: Array, exponent: float) -> Array:
-    """x^exponent for x ≥ 0."""
-    return x * x if exponent == 2 else jnp.exp(exponent * jnp.log(jnp.maximum(x, 1e-30)))
