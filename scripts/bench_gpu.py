@@ -19,11 +19,12 @@ on the same machine, as the first one was at its limit of 576 s:
     GPTQ 4096 × 4096, range of the weights      6.1               13    Cholesky 1.6, a column's latency
       … default, range by the output            6.1               13
     GPTQ 4096 in, 14336 out                     9.1               16    rounding 3, Cholesky 1.6 and its order 1.3,
-      … default                                 9.2               16    the search of the range 1.5, products .9
+      … default                                 9.2               16    the search of the range 1.1, products .9
     GPTQ 14336 in, 4096 out, and default        51.5 50.6         190   Cholesky 32
-    six schemes, 4096 in, 14336 out             33.9              22.0  3.9 × one of 8.8 (bar 2.5): rounding 12,
-                                                                        searches of ranges 10 (3.7 of nf4's), products
-                                                                        5, factor 2.9
+    six schemes, 4096 in, 14336 out             33.9              22.0  3.9 × one of 8.8, of another call (bar 2.5):
+                                                                        rounding 12, searches of ranges 10, then 0.2 ms
+                                                                        slower than now (3.7 of nf4's), products 5,
+                                                                        factor 2.9
     fake-quant int4 g128, 8192²                 0.099    0.101    0.108 memory
     W8A8 int8, 8192³                            0.829    0.762    0.897 the product, codes .06
     W8A8 fp8, 8192³                             0.866    0.802    0.944 likewise

@@ -35,6 +35,14 @@ _FIRST = _Files(
 )
 
 
+def size_text(count: float) -> str:
+    """So many bytes for people, three digits of them."""
+    for size, name in ((1e12, "TB"), (1e9, "GB")):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {name}"
+    return f"{count / 1e6:.3g} MB"
+
+
 def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes; None where the system does not say. `root` is where proc and sys stand."""
     return min([*_of_system(root), *_of_groups(root)], default=None)

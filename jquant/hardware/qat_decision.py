@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from jquant.core.errors import InputError
 from jquant.core.scheme import Scheme
 from jquant.hardware.devices import find_device
+from jquant.hardware.free_memory import size_text
 
 Requirement = Literal["strict", "moderate", "relaxed"]
 Recommendation = Literal["ptq", "qat", "qat_if_ptq_fails", "measure_ptq_first"]
@@ -249,10 +250,10 @@ def _obstacles(question: Question, cost: Cost) -> tuple[str, ...]:
     if cost.available_bytes is not None and cost.memory_bytes > cost.available_bytes:
         needed = math.ceil(cost.memory_bytes / cost.available_bytes * question.devices)
         found.append(
-            f"QAT of all weights needs {_bytes(cost.memory_bytes)} before activations, {question.devices} "
-            f"device{'s have' if question.devices > 1 else ' has'} {_bytes(cost.available_bytes)}: it takes {needed} "
-            f"of them. Adapters over a frozen {question.scheme} base hold {_bytes(cost.frozen_base_bytes)} of weights "
-            "(jquant.qat.lora; QLoRA, 2305.14314)."
+            f"QAT of all weights needs {size_text(cost.memory_bytes)} before activations, {question.devices} "
+            f"device{'s have' if question.devices > 1 else ' has'} {size_text(cost.available_bytes)}: it takes "
+            f"{needed} of them. Adapters over a frozen {question.scheme} base hold "
+            f"{size_text(cost.frozen_base_bytes)} of weights (jquant.qat.lora; QLoRA, 2305.14314)."
         )
     if question.budget_hours is not None and cost.hours > question.budget_hours:
         found.append(
@@ -276,7 +277,7 @@ def _about_cost(question: Question, cost: Cost) -> str:
     return (
         f"QAT of {_count(question.parameters)} parameters on {_count(question.tokens)} tokens takes "
         f"{cost.training_flops:.2g} operations (6·N·D){teacher}: {_hours(cost.hours)} on {question.devices} × "
-        f"{rate.device} at {share}{rate.flops / 1e12:g} TFLOP/s ({rate.source}), and {_bytes(cost.memory_bytes)} "
+        f"{rate.device} at {share}{rate.flops / 1e12:g} TFLOP/s ({rate.source}), and {size_text(cost.memory_bytes)} "
         "before activations."
     )
 
@@ -286,13 +287,6 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {name}"
     return f"{value:,.0f}"
-
-
-def _bytes(value: float) -> str:
-    for size, name in ((1e12, "TB"), (1e9, "GB")):
-        if value >= size:
-            return f"{value / size:.3g} {name}"
-    return f"{value / 1e6:.3g} MB"
 
 
 def _hours(value: float) -> str:

@@ -1,8 +1,8 @@
-"""Stretches of columns [columns, rows] in a kernel, a row of the weight a thread: sums over columns stay in registers.
+"""Stretches of columns [columns, rows] in a kernel, every thread of a line at a row of its own.
 
-Triton chooses how a tile is spread over threads by how its loads are widest: four neighbours of a line a thread. Then
-eight threads share a line, four of them a sum over columns, and values go from thread to thread all the time. Here
-places in a line are what no compiler can see through, so that each thread loads single numbers, thirty-two a line.
+Triton chooses how a tile is spread over threads by how its loads are widest: four neighbours of a line a thread. Of a
+line of eight rows two threads then hold all, and sixteen share a sum over columns. Here places in a line are what no
+compiler can see through, so that each thread loads single numbers: eight share a line, and four a sum.
 """
 
 from __future__ import annotations

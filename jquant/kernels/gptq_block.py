@@ -7,11 +7,11 @@ XLA runs a column as several small kernels, which on an H100 take longer to star
 bfloat16 parts, and within a part columns and what they lost share a tile of registers. Several schemes stand side by
 side as more rows of one weight: while a program waits for a column, others of its multiprocessor run.
 
-What limits is how long loads take: a program has 250 registers, so that a multiprocessor holds eight, and of the 0.7 µs
-that a column takes issuing its 293 instructions is a fifth. Tried on an H100 (int4, 4096 to 14336, 512 columns): what
-eight columns lost and their shares in registers, a row a thread, 0.25 ms in place of 0.35, and thrice the time to
-compile, minutes where five formats stand side by side; four columns 0.31, and twice. Not taken: a layer would save a
-millisecond.
+What limits is how long loads take: a thread has 252 registers, so that a multiprocessor holds eight warps, and of the
+0.7 µs that a column of 32 rows takes issuing its 293 instructions is a fifth. Tried on an H100 (int4, 4096 to 14336,
+512 columns): what eight columns lost and their shares in registers, a row a thread, 0.25 ms in place of 0.35, but a
+first call of 13 s in place of 4, and of minutes where five formats stand side by side; four columns 0.31 ms, and 38 s
+in place of 17 for the five. Not taken: a layer would save a millisecond.
 
 Reference: GPTQ (Frantar et al., 2210.17323), 3.2 to 3.4; jquant/ptq/gptq.py for the form with R.
 """

@@ -28,11 +28,13 @@ class QuantizeConfig:
     scheme: str | None = None
     """In the place of a recipe: one scheme for all `layers`, as int4:g64:asym."""
     method: str = "rtn"
-    """With `scheme`: rtn, rtn-mse, gptq, hqq; transforms first: awq+gptq; inputs after: smoothquant@int8:token."""
+    """With `scheme`: rtn, rtn-mse, gptq or hqq; transforms before it, as awq+gptq.
+    After an @ comes the scheme of the layers' inputs, as smoothquant@int8:token."""
     layers: Names = (r"^blocks\.",)
     """With `scheme`: regular expressions of the layers to quantize."""
     calibration: str = "pydoc:calibration"
-    """What methods learn from: a file, a folder, pydoc; wikitext, c4, pile, openplatypus (train split); recommended."""
+    """What methods learn from: a file, a folder, pydoc, wikitext, c4, pile, openplatypus, or recommended (the guide's).
+    Datasets give their train split, unless as wikitext:validation."""
     calibration_windows: int | None = None
     """How many windows of it, from its start; by default 32, or what is recommended where that is asked for."""
     window: int | None = None

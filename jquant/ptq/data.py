@@ -35,13 +35,6 @@ class Data:
         return "bfloat16" if self.narrow else "float32"
 
 
-def check_sequences(batches: Any, masks: Any) -> None:
-    """Raises InputError unless they can be read again and again, as every block does."""
-    for name, given in (("calibration batches", batches), ("masks", masks)):
-        if given is not None and not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
-            raise InputError(f"{name} are a {type(given).__name__}: every block reads them, so give a list")
-
-
 def check_arrays(batches: Sequence[tuple[Any, ...]]) -> None:
     """Raises InputError where a module of its own would be called with what is no array."""
     for index, batch in enumerate(batches):
@@ -62,6 +55,7 @@ def check_tokens(batches: Sequence[Any], masks: Sequence[Any] | None, vocabulary
         masks: True for the positions that count, bool [batch, time]; None where all do.
         vocabulary: how many tokens the model knows; None where that is unknown.
     """
+    _check_sequence("calibration batches", batches)
     for index, batch in enumerate(batches):
         what = f"calibration batch {index}"
         if not _is_array(batch, jnp.integer) or batch.ndim != 2:
@@ -86,6 +80,7 @@ def check_masks(masks: Sequence[Any] | None, count: int, shape: tuple[int, ...] 
     all."""
     if masks is None:
         return
+    _check_sequence("masks", masks)
     if len(masks) != count:
         raise InputError(f"{len(masks)} masks for {count} calibration batches: give one a batch")
     for index, mask in enumerate(masks):
@@ -93,6 +88,11 @@ def check_masks(masks: Sequence[Any] | None, count: int, shape: tuple[int, ...] 
             raise InputError(f"mask {index} is {_described(mask)}: give boolean arrays, True for positions that count")
         if shape is not None and mask.shape != shape:
             raise InputError(f"mask {index} is {mask.shape}, its batch {shape}: give one entry a token")
+
+
+def _check_sequence(name: str, given: Any) -> None:
+    if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+        raise InputError(f"{name} are a {type(given).__name__}: every block reads them, so give a list")
 
 
 def _is_array(value: Any, kind: Any) -> bool:

@@ -33,7 +33,7 @@ from jquant.ptq.activations import InMemory, Store
 from jquant.ptq.ahead import Ahead
 from jquant.ptq.block import Solved, block_outputs, quantize_block, rule_needs_data, solve
 from jquant.ptq.coverage import Coverage, LayerReport, TransformReport
-from jquant.ptq.data import Data, Products, check_sequences, check_tokens
+from jquant.ptq.data import Data, Products, check_tokens
 from jquant.ptq.recipe import Recipe, Rule, assign, refuse_packed
 from jquant.ptq.rule_check import EMBEDDING, check_products, check_rules, inputs_of_gram
 from jquant.ptq.solver import check_finite
@@ -115,7 +115,6 @@ def quantize_model(
             that there is not, or of bfloat16 and the model is no decoder.
     """
     store = InMemory() if store is None else store
-    check_sequences(batches, masks)
     refuse_packed(recipe, list(layer_shapes(model)), packed_paths(model))
     if not all(hasattr(model, part) for part in ("embed", "blocks", "head")):
         if products != "float32":

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jquant.core.errors import InputError
 from jquant.core.qtensor import quantize
 from jquant.core.scheme import scheme
-from jquant.hardware.free_memory import free_memory
+from jquant.hardware.free_memory import free_memory, size_text
 from jquant.kernels.dispatch import on_cpu
 from jquant.nn.mesh import AXES, DATA, axis_size
 from jquant.nn.placement import CUTTING
@@ -75,15 +75,15 @@ class Estimate:
             if not self.activation_bytes:
                 advice = "free some, or spread the work over devices (--mesh)"
             raise InputError(
-                f"the run needs {_size(needed)} ({_size(self.weight_bytes)} of weights, "
-                f"{_size(self.activation_bytes)} of activations, {_size(self.statistic_bytes)} of statistics), "
-                f"{_size(self.available_bytes)} are free: {advice}"
+                f"the run needs {size_text(needed)} ({size_text(self.weight_bytes)} of weights, "
+                f"{size_text(self.activation_bytes)} of activations, {size_text(self.statistic_bytes)} of statistics), "
+                f"{size_text(self.available_bytes)} are free: {advice}"
             )
         if self.free_disk_bytes is not None and self.disk_bytes > self.free_disk_bytes:
-            spilled = f", {_size(self.spilled_bytes)} of them activations" if spills else ""
+            spilled = f", {size_text(self.spilled_bytes)} of them activations" if spills else ""
             raise InputError(
-                f"{target}: the run writes {_size(self.disk_bytes)}{spilled}, "
-                f"{_size(self.free_disk_bytes)} are free on that disk: make room, or choose another --out"
+                f"{target}: the run writes {size_text(self.disk_bytes)}{spilled}, "
+                f"{size_text(self.free_disk_bytes)} are free on that disk: make room, or choose another --out"
                 + (", or fewer windows" if spills else "")
             )
 
@@ -92,10 +92,10 @@ class Estimate:
         products = f"{self.operations / 1e12:.1f} TFLOP, " if self.operations > 5e10 else ""
         return (
             f"{products}about {_duration(self.seconds)} beyond compiling; "
-            f"memory {_size(self.needed_bytes)}"
-            f"{f', {_size(self.activation_bytes)} of them activations' if in_memory else ''}; "
-            f"disk {_size(self.disk_bytes)}"
-            f"{f', {_size(self.spilled_bytes)} of them activations' if self.spilled_bytes else ''}"
+            f"memory {size_text(self.needed_bytes)}"
+            f"{f', {size_text(self.activation_bytes)} of them activations' if in_memory else ''}; "
+            f"disk {size_text(self.disk_bytes)}"
+            f"{f', {size_text(self.spilled_bytes)} of them activations' if self.spilled_bytes else ''}"
         )
 
 
@@ -262,8 +262,3 @@ def _duration(seconds: float) -> str:
         if seconds < 7200
         else f"{seconds / 3600:.1f} h"
     )
-
-
-def _size(count: float) -> str:
-    """Of so many bytes."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.{0 if count >= 1e7 else 1}f} MB"

@@ -29,8 +29,9 @@ class SweepConfig:
     """How codes are chosen: rtn, rtn-mse, gptq, hqq, and after AWQ's scaling awq, awq+gptq; each for every scheme.
     With an @ layers quantize their inputs too: rtn@int8:token, smoothquant@int8:token."""
     calibration: str = "pydoc:calibration"
-    """Text that gptq, awq and smoothquant learn from, as --text (of datasets the train split); without its passages.
-    Statistics are of the float model, once for all cells; by jquant quantize layers see those before quantized."""
+    """Text that gptq, awq and smoothquant learn from, a source as for --text; of datasets the train split.
+    It must not share passages with the text.
+    Statistics are of the float model, once for all cells; in jquant quantize a layer sees those before it quantized."""
     calibration_windows: int = 32
     """How many windows of it, as long as those of the text."""
     text: str = "pydoc"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jquant.hardware.free_memory import free_memory
+from jquant.hardware.free_memory import free_memory, size_text
 
 GB = 1 << 30
 
@@ -79,3 +79,8 @@ FIRST = "sys/fs/cgroup/memory"
 )
 def test_the_least_of_system_and_groups(files: dict[str, object], left: int, tmp_path: Path) -> None:
     assert free_memory(_tree(tmp_path, files)) == left
+
+
+def test_sizes_keep_three_digits_whatever_their_unit() -> None:
+    sizes = (2e6, 7.34e6, 999.4e6, 999.6e6, 4.021e9, 1.5e12)
+    assert [size_text(size) for size in sizes] == ["2 MB", "7.34 MB", "999 MB", "1 GB", "4.02 GB", "1.5 TB"]

@@ -168,6 +168,6 @@ def test_a_disk_that_is_too_full_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert asked == [tmp_path, tmp_path]
     fits.check(target)
-    with pytest.raises(InputError, match=r"q: the run writes 11 MB, 7\.3 MB of them activations, 2\.0 MB are free"):
+    with pytest.raises(InputError, match=r"q: the run writes 10\.8 MB, 7\.34 MB of them activations, 2 MB are free"):
         spilled.check(target)
-    assert "disk 11 MB, 7.3 MB of them activations" in str(spilled)
+    assert "disk 10.8 MB, 7.34 MB of them activations" in str(spilled)
