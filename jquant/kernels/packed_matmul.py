@@ -66,6 +66,7 @@ def fits(q: QTensor) -> bool:
     return tile_rows == 1 and rows % 64 == 0 and columns % 256 == 0 and whole
 
 
+@partial(jax.jit, static_argnames=("tiling", "interpret"))
 def packed_matmul(
     x: Float[Array, "batch in"], q: QTensor, *, tiling: Tiling | None = None, interpret: bool = False
 ) -> Float32[Array, "batch out"]:
@@ -76,6 +77,8 @@ def packed_matmul(
         q: `fits(q)` must hold.
         tiling: by default what was fastest on an H100.
         interpret: run the kernel's operations one by one, on any platform.
+
+    Jitted, so that a program's equal products are lowered once.
     """
     from jax.experimental import pallas as pl
 

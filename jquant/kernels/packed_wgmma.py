@@ -136,7 +136,7 @@ def packed_matmul(
     padded = -(-batch // tiling.columns) * tiling.columns
     x = jnp.pad(x.astype(jnp.bfloat16), ((0, padded - batch), (0, 0)))
     rows = permuted(x, 8 // element.bits, by_byte=registers.looked_up(element))
-    job = _Job(q, tiling, padded)
+    job = _job_of(q, tiling, padded)
     if job.codes.scale_bytes is not None:
         parameters = [jax.lax.bitcast_convert_type(q.stored.scale, jnp.uint8)]
     else:
@@ -151,7 +151,7 @@ def packed_matmul(
         width = min(group, tiling.inputs)
         operands.append(jnp.sum(rows.reshape(padded, -1, width), axis=2, dtype=jnp.float32).T)
     tables = [jnp.asarray(registers.table(element))] if registers.looked_up(element) else []
-    found = _call(job)(*operands, *tables)
+    found = _run(job, *operands, *tables)
     # Additions, not a reduction: XLA puts them into one kernel with what comes next.
     total = functools.reduce(operator.add, [part[:, :batch] for part in found]).T
     if job.codes.scale_bytes is not None and isinstance(q.scheme.scale, NestedScale):
@@ -179,22 +179,36 @@ def permuted(x: BFloat16[Array, "batch in"], count: int, *, by_byte: bool = Fals
     return split.transpose(0, 1, 5, 3, 2, 4).reshape(x.shape)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     """What is static in a kernel."""
 
-    def __init__(self, q: QTensor, tiling: Tiling, padded: int) -> None:
-        group = q.scheme.tile(*q.matrix_shape)[1]
-        kind = bytes_of_scales(q, tiling)
-        self.tiling = tiling
-        self.rows_of_x, self.out, self.inputs = padded, *q.matrix_shape
-        self.codes = Codes(
-            element=q.scheme.element,
-            inputs=tiling.inputs,
-            group=group,
-            has_zero=q.zero_planes is not None,
-            scale_bytes=kind,
-            in_rows=kind is not None or 4 * tiling.inputs // group >= 16,  # the least that a copy takes of a row
-        )
+    tiling: Tiling
+    rows_of_x: int
+    out: int
+    inputs: int
+    codes: Codes
+
+
+def _job_of(q: QTensor, tiling: Tiling, padded: int) -> _Job:
+    out, inputs = q.matrix_shape
+    group = q.scheme.tile(out, inputs)[1]
+    kind = bytes_of_scales(q, tiling)
+    codes = Codes(
+        element=q.scheme.element,
+        inputs=tiling.inputs,
+        group=group,
+        has_zero=q.zero_planes is not None,
+        scale_bytes=kind,
+        in_rows=kind is not None or 4 * tiling.inputs // group >= 16,  # the least that a copy takes of a row
+    )
+    return _Job(tiling=tiling, rows_of_x=padded, out=out, inputs=inputs, codes=codes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(job: _Job, *operands: Array) -> Float32[Array, "splits out batch"]:
+    """Jitted, so that a program's equal products are lowered once: each takes Python a fourth of a second."""
+    return _call(job)(*operands)
 
 
 def _call(job: _Job) -> Any:

@@ -36,6 +36,7 @@ def fits(scheme: Scheme, columns: int, dtype: DTypeLike) -> bool:
     return known and exact and shaped and dtype in (jnp.float32, jnp.bfloat16)
 
 
+@partial(jax.jit, static_argnames=("scheme", "interpret"))
 def quantize_rows(
     x: Float[Array, "rows in"], scheme: Scheme, *, interpret: bool = False
 ) -> tuple[Array, Float32[Array, " rows"]]:
@@ -48,6 +49,8 @@ def quantize_rows(
 
     Returns:
         int8 codes with zero at 0, or float8_e4m3fn, and the scale of each row.
+
+    Jitted, so that a program's equal calls are lowered once.
     """
     from jax.experimental import pallas as pl
 

@@ -14,6 +14,7 @@ Reference: SmoothQuant (Xiao et al., 2211.10438), 2; NVIDIA's PTX ISA, wgmma and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ def fits(rows: int, out: int, inputs: int) -> bool:
     return rows > _COLUMNS // 2 and out % (ROWS * _WARPGROUPS) == 0 and inputs % _STEP == 0
 
 
+@partial(jax.jit, static_argnames="tiling")
 def matmul(
     x: Array,
     weight: Array,
@@ -61,6 +63,8 @@ def matmul(
         weight_scale: a row of the weight.
         bias: added in float32.
         tiling: by default what was fastest on an H100.
+
+    Jitted, so that a program's equal products are lowered once.
     """
     tiling = Tiling() if tiling is None else tiling
     batch, out = len(x), len(weight)

@@ -17,6 +17,7 @@ from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Context, Decoder, step_context
+from jquant.models.own_programs import AtPlace, own_programs, shared
 from jquant.models.split import Leaves, Split, cache_place, split
 from jquant.nn.structure import Structure
 
@@ -74,12 +75,14 @@ def _generate(
     key, rule = jax.random.key(sampling.seed), dataclasses.replace(sampling, seed=0)  # one program for all seeds
     states, caches = _feed_prompt(parts, prompt, caches, capacity)
 
+    step = own_programs(_step, static=_STATIC)
+
     def choose_next(states: Array, place: int, count: int) -> Array:
         return _next(parts.head.module, parts.head.leaves, states, np.int32(place), key, np.int32(count), rule)
 
     def follow(chosen: Array, count: int) -> Array:
         nonlocal caches
-        states, caches = _advance(parts, chosen, len(prompt) + count, caches, capacity)
+        states, caches = _advance(parts, chosen, len(prompt) + count, caches, capacity, step)
         return choose_next(states, 0, count + 1)
 
     chosen = choose_next(states, (len(prompt) - 1) % prompt_chunk(), 0)
@@ -167,14 +170,18 @@ def _feed_prompt(parts: Split, prompt: np.ndarray, caches: list[Cache], capacity
     return states, caches
 
 
-def _advance(parts: Split, tokens: Array, start: int, caches: list[Cache], capacity: int) -> tuple[Array, list[Cache]]:
-    """States [1, tokens, hidden] of tokens from position `start` on."""
+def _advance(
+    parts: Split, tokens: Array, start: int, caches: list[Cache], capacity: int, step: AtPlace | None = None
+) -> tuple[Array, list[Cache]]:
+    """States [1, tokens, hidden] of tokens from position `start` on; by `step`'s programs, of calls like this one."""
+    step = shared(_step) if step is None else step
     embed = parts.embed
     x, contexts = _embed(embed.module, parts.config, capacity, embed.leaves, tokens, np.int32(start))
     windowed, updated = parts.config.is_windowed(), []
-    for run in parts.runs:
+    for place, run in enumerate(parts.token_runs if tokens.shape[1] == 1 else parts.prompt_runs):
         here = slice(len(updated), len(updated) + len(run.leaves))
-        x, after = _step(run.module, windowed[here], run.leaves, x, contexts, tuple(caches[here]), parts.cache_place)
+        static, kept = (run.module, windowed[here]), tuple(caches[here])
+        x, after = step(place, *static, run.leaves, x, contexts, kept, parts.cache_place)
         updated += after
     return x, updated
 
@@ -191,7 +198,10 @@ def _embed(
     return embed.merge(leaves)(tokens, start), contexts
 
 
-@partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=5)
+_STATIC = (0, 1, 6)
+
+
+@partial(jax.jit, static_argnums=_STATIC, donate_argnums=5)
 def _step(
     blocks: tuple[Structure, ...],
     windowed: tuple[bool, ...],

@@ -19,6 +19,7 @@ from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Decoder, step_context
 from jquant.models.generate import prompt_chunk
+from jquant.models.own_programs import AtPlace, own_programs, shared
 from jquant.models.split import Leaves, Split, split
 from jquant.nn.placement import fetched
 from jquant.nn.structure import Structure
@@ -81,19 +82,20 @@ def _one_batch(
     tokens = np.zeros((rows, -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    caches = _empty_caches(model, rows, capacity)
+    caches, nothing = _empty_caches(model, rows, capacity), np.zeros(rows, np.int32)
     last = jnp.zeros((rows, model.config.hidden_size), model.embed.weight.get_value().dtype)
     for start in range(0, tokens.shape[1], chunk):
         piece = jnp.asarray(tokens[:, start : min(start + chunk, capacity)])
-        hidden, caches = _advance(parts, piece, jnp.full(rows, start, jnp.int32), caches, capacity)
+        hidden, caches = _advance(parts, piece, nothing, start, caches, capacity)
         last = _last_states(last, hidden, jnp.asarray(lengths - 1 - start))
     # What the padding wrote lies behind each row's length: it is masked until a new token takes its place.
     new: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
+    running, ends = set(range(len(prompts))), jnp.asarray(lengths)
+    step = own_programs(_step, static=_STATIC)
 
     def follow(chosen: Array, count: int) -> Array:
         nonlocal caches
-        hidden, caches = _advance(parts, chosen, lengths + np.int32(count), caches, capacity)
+        hidden, caches = _advance(parts, chosen, ends, count, caches, capacity, step)
         return _most_likely(parts.head.module, parts.head.leaves, hidden)
 
     chosen = _most_likely(parts.head.module, parts.head.leaves, last[:, None])
@@ -126,21 +128,34 @@ def _empty_caches(model: Decoder, rows: int, capacity: int) -> list[Cache]:
 
 
 def _advance(
-    parts: Split, tokens: Array, starts: Array | np.ndarray, caches: list[Cache], capacity: int
+    parts: Split,
+    tokens: Array,
+    ends: Array | np.ndarray,
+    count: int,
+    caches: list[Cache],
+    capacity: int,
+    step: AtPlace | None = None,
 ) -> tuple[Array, list[Cache]]:
-    """States of `tokens`, row r's standing from starts[r] on, and the caches with them."""
-    x, updated = _embed(parts.embed.module, parts.embed.leaves, tokens, starts), []
-    windowed = parts.config.is_windowed()
-    for run in parts.runs:
+    """States of `tokens`, row r's standing from ends[r] + count on, and the caches with them.
+
+    By `step`'s programs, of calls like this one.
+    """
+    step = shared(_step) if step is None else step
+    x, starts = _embed(parts.embed.module, parts.embed.leaves, tokens, ends, np.int32(count))
+    windowed, updated = parts.config.is_windowed(), []
+    for place, run in enumerate(parts.token_runs if tokens.shape[1] == 1 else parts.prompt_runs):
         here = slice(len(updated), len(updated) + len(run.leaves))
-        x, after = _step(run.module, parts.config, capacity, windowed[here], run.leaves, x, starts, tuple(caches[here]))
+        static, kept = (run.module, parts.config, capacity, windowed[here]), tuple(caches[here])
+        x, after = step(place, *static, run.leaves, x, starts, kept)
         updated += after
     return x, updated
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(embed: Structure, leaves: Leaves, tokens: Array, starts: Array) -> Array:
-    return jax.vmap(lambda row, start: embed.merge(leaves)(row, start))(tokens, starts)
+def _embed(embed: Structure, leaves: Leaves, tokens: Array, ends: Array, count: Array) -> tuple[Array, Array]:
+    """Embedded tokens, and where each row's stand: on the device, since recorded programs have it where it was."""
+    starts = ends + count
+    return jax.vmap(lambda row, start: embed.merge(leaves)(row, start))(tokens, starts), starts
 
 
 @partial(jax.jit, static_argnums=0)
@@ -149,7 +164,10 @@ def _most_likely(head: Structure, leaves: Leaves, hidden: Array) -> Int32[Array,
     return jnp.argmax(head.merge(leaves)(hidden[:, -1]), axis=-1, keepdims=True).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=7)
+_STATIC = (0, 1, 2, 3)
+
+
+@partial(jax.jit, static_argnums=_STATIC, donate_argnums=7)
 def _step(
     blocks: tuple[Structure, ...],
     config: ModelConfig,

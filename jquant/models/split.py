@@ -38,7 +38,8 @@ class Split:
 
     config: ModelConfig
     embed: Part
-    runs: tuple[Part, ...]  # of neighbouring blocks: tuples of both
+    prompt_runs: tuple[Part, ...]  # of neighbouring blocks: tuples of both
+    token_runs: tuple[Part, ...]  # likewise, longer ones
     head: Part
     cache_place: NamedSharding | None  # of keys and values, on a mesh
 
@@ -46,12 +47,12 @@ class Split:
 def split(model: Decoder) -> Split:
     """Embedding, runs of blocks, and head."""
     blocks = [part_of(block) for block in model.blocks]
-    cuts = np.linspace(0, len(blocks), -(-len(blocks) // run_length()) + 1).astype(int)
-    runs = [blocks[start:end] for start, end in itertools.pairwise(cuts)]
+    for_prompts, for_tokens = longest_runs()
     return Split(
         config=model.config,
         embed=part_of(model.embed),
-        runs=tuple(Part(tuple(b.module for b in run), tuple(b.leaves for b in run)) for run in runs),
+        prompt_runs=_in_runs(blocks, for_prompts),
+        token_runs=_in_runs(blocks, for_tokens),
         head=part_of(model.head),
         cache_place=cache_place(model),
     )
@@ -62,13 +63,21 @@ def part_of(module: nnx.Module) -> Part:
     return Part(*taken_apart(module))
 
 
-def run_length() -> int:
-    """Blocks in one program. To start a program takes a host longer than a GPU computes a token in a block.
+def longest_runs() -> tuple[int, int]:
+    """Blocks in one program at most, where it reads a piece of a prompt, and where it goes on by a token.
 
-    On an H100, SmolLM2's token took 10.9 ms in runs of 1, 8.2 in runs of 5, and 8.0 in one program of all 30, which
-    takes 9 s to compile where runs of 5 take 2.5; on CPU one block a program is as fast as any.
+    To start a program takes a host longer than a GPU computes a token in a block, and to compile a long one takes long:
+    a piece of a prompt hides more of the start. On CPU one block a program is as fast as any.
     """
-    return 1 if on_cpu() else 5
+    return (1, 1) if on_cpu() else (4, 8)
+
+
+def _in_runs(blocks: list[Part], longest: int) -> tuple[Part, ...]:
+    """Of one length, of which one program is compiled, unless that is half of the longest or less."""
+    equal = (length for length in range(longest, longest // 2, -1) if len(blocks) % length == 0)
+    count = -(-len(blocks) // next(equal, longest))
+    runs = [blocks[start:end] for start, end in itertools.pairwise(np.linspace(0, len(blocks), count + 1).astype(int))]
+    return tuple(Part(tuple(b.module for b in run), tuple(b.leaves for b in run)) for run in runs)
 
 
 def cache_place(model: Decoder) -> NamedSharding | None:

@@ -48,9 +48,9 @@ def test_a_gguf_gives_the_logits_of_transformers(family: str) -> None:
 def test_the_cache_gives_the_same_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of 70 tokens in padded pieces of 64, then one token at a time, far beyond the window of 24.
 
-    Blocks in runs of two a program, as on a GPU in runs of more; alone they are in every other test.
+    Blocks in runs of two and three a program, as on a GPU in runs of more; alone they are in every other test.
     """
-    monkeypatch.setattr(splitting, "run_length", lambda: 2)
+    monkeypatch.setattr(splitting, "longest_runs", lambda: (3, 2))
     recorded = np.load(GOLDENS / family / "golden.npz")
     tokens, expected = recorded["tokens"][0], recorded["logits"][0]
     model = load_model(GOLDENS / family)

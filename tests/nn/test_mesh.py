@@ -101,7 +101,7 @@ def test_a_forward_pass_gathers_no_weight(spec: str | None) -> None:
     hidden, contexts = generate._embed(
         parts.embed.module, model.config, 256, parts.embed.leaves, np.zeros((1, 1), np.int32), np.int32(0)
     )
-    run = parts.runs[0]
+    run = parts.token_runs[0]
     programs["step"] = generate._step.lower(
         run.module, kinds, run.leaves, hidden, contexts, caches[:1], parts.cache_place
     )
