@@ -45,7 +45,7 @@ from jquant.qat.schedule import rounded_to_nearest
 from jquant.qat.stage import calibrate
 from jquant.qat.trainer import EvalFn, TrainResult, train
 
-NUMERICS = 2  # raised when a change moves bits: an unfinished run of another value is not gone on with
+NUMERICS = 3  # raised when a change moves bits: an unfinished run of another value is not gone on with
 _TRAINING, _FINISHED = "training", "finished"  # parts of the unfinished folder
 _CALIBRATION_BATCHES = 8  # inputs that trained scales of activations start from
 

@@ -367,7 +367,7 @@ def inference(device: Device) -> None:
         took = {}
         for batch, work in ((1, row_of), (16, batch_of)):
             # The prompt is read in either, and programs are loaded.
-            long, short = (once(lambda work=work, count=count: work(count), runs=5) for count in (many, few))
+            long, short = (once(lambda work=work, count=count: work(count)) for count in (many, few))
             took[batch] = (long - short) / (many - few)
         for batch, seconds_ in took.items():
             what = f"a token of {batch} rows, 8B's shape, {spec or 'bf16'}"

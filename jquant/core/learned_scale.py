@@ -36,6 +36,7 @@ def fake_quantize_learned(
     scheme: Scheme,
     *,
     zero_point: Float[Array, "*batch row_tiles column_tiles"] | None = None,
+    outer: Float[Array, "*batch 1 1"] | None = None,
     gradient_scale: float | None = None,
     axis: Axis = -1,
 ) -> Float[Array, "*batch _ _"]:
@@ -46,6 +47,7 @@ def fake_quantize_learned(
         scale: positive, one a tile; a row of them for each row of tiles of outputs, whatever the axis.
         scheme: static under jit; not a block type of ggml, which finds its scales itself.
         zero_point: codes, not necessarily whole; exactly where the scheme is asymmetric.
+        outer: the second level of a nested scale, where x shares it with others: a constant to the gradient.
         gradient_scale: what the gradient of `scale` is multiplied by; by default LSQ's, of the tile.
         axis: of the inputs.
 
@@ -57,7 +59,7 @@ def fake_quantize_learned(
         raise InputError(f"{scheme} finds the scales inside its blocks itself: they cannot be learned; use clipped_ste")
     shape = (x.shape[-3 - axis], x.shape[axis])
     factor = lsq_gradient_scale(scheme, shape) if gradient_scale is None else gradient_scale
-    return _fake_quantize(_Plan(scheme, factor, axis), x, scale, zero_point)
+    return _fake_quantize(_Plan(scheme, factor, axis), x, scale, zero_point, outer)
 
 
 def lsq_gradient_scale(scheme: Scheme, matrix_shape: tuple[int, ...]) -> float:
@@ -112,14 +114,17 @@ class _Rounded(NamedTuple):
     scale: Array
 
 
+_Kept = tuple[Array, Array, Array | None, Array | None]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fake_quantize(plan: _Plan, x: Array, scale: Array, zero_point: Array | None) -> Array:
-    return _forward(plan, x, scale, zero_point)[0]
+def _fake_quantize(plan: _Plan, x: Array, scale: Array, zero_point: Array | None, outer: Array | None) -> Array:
+    return _forward(plan, x, scale, zero_point, outer)[0]
 
 
-def _round(plan: _Plan, x: Array, scale: Array, zero_point: Array | None) -> _Rounded:
+def _round(plan: _Plan, x: Array, scale: Array, zero_point: Array | None, outer: Array | None) -> _Rounded:
     scheme, turn = plan.scheme, plan.turn
-    known = given_parameters(turn(x), scheme, scale, zero_point)
+    known = given_parameters(turn(x), scheme, scale, zero_point, outer=outer)
     parameters = known._replace(
         scale=turn(known.scale), zero_point=None if known.zero_point is None else turn(known.zero_point)
     )
@@ -128,19 +133,15 @@ def _round(plan: _Plan, x: Array, scale: Array, zero_point: Array | None) -> _Ro
     return _Rounded(tiles, levels, in_range, parameters.scale, turn(scheme.scale.load(known.stored)))
 
 
-def _forward(
-    plan: _Plan, x: Array, scale: Array, zero_point: Array | None
-) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    found = _round(plan, x, scale, zero_point)
+def _forward(plan: _Plan, x: Array, scale: Array, zero_point: Array | None, outer: Array | None) -> tuple[Array, _Kept]:
+    found = _round(plan, x, scale, zero_point, outer)
     value = from_tiles(found.levels * spread(found.scale), (x.shape[-2], x.shape[-1]))
-    return value.astype(x.dtype), (x, scale, zero_point)
+    return value.astype(x.dtype), (x, scale, zero_point, outer)
 
 
-def _backward(
-    plan: _Plan, kept: tuple[Array, Array, Array | None], cotangent: Array
-) -> tuple[Array, Array, Array | None]:
-    x, scale, zero_point = kept
-    tiles, levels, in_range, divisor, loaded = _round(plan, x, scale, zero_point)
+def _backward(plan: _Plan, kept: _Kept, cotangent: Array) -> tuple[Array, Array, Array | None, None]:
+    x, scale, zero_point, outer = kept
+    tiles, levels, in_range, divisor, loaded = _round(plan, x, scale, zero_point, outer)
     y = tiles / spread(divisor)
     gradient = to_tiles(cotangent.astype(jnp.float32), plan.scheme, plan.axis)
     of_x = from_tiles(jnp.where(in_range, gradient, 0.0), (x.shape[-2], x.shape[-1]))
@@ -149,7 +150,7 @@ def _backward(
     if zero_point is not None:
         clipped = jnp.sum(jnp.where(in_range, 0.0, gradient), axis=(-3, -1))
         of_zero = plan.turn(-loaded * clipped).astype(zero_point.dtype)
-    return of_x.astype(x.dtype), plan.turn(of_scale).astype(scale.dtype), of_zero
+    return of_x.astype(x.dtype), plan.turn(of_scale).astype(scale.dtype), of_zero, None
 
 
 _fake_quantize.defvjp(_forward, _backward)

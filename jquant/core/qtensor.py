@@ -357,8 +357,14 @@ def _quantize_rows(
     return in_blocks(encode_rows(x.astype(jnp.float32), block, importance), block, columns=x.shape[-1], dtype=x.dtype)
 
 
-def given_parameters(x: Array, scheme: Scheme, scale: Array, zero_point: Array | None) -> Parameters:
-    """Scales and zero points that were given for x, rounded as they are stored. Raises InputError of another shape."""
+def given_parameters(
+    x: Array, scheme: Scheme, scale: Array, zero_point: Array | None, *, outer: Array | None = None
+) -> Parameters:
+    """Scales and zero points that were given for x, rounded as they are stored; `outer` as in `choose_parameters`.
+
+    Raises:
+        InputError: they have another shape.
+    """
     tile_rows, tile_columns = scheme.granularity.tile(*x.shape[-2:])
     expected = (*x.shape[:-2], -(-x.shape[-2] // tile_rows), -(-x.shape[-1] // tile_columns))
     if scale.shape != expected:
@@ -369,7 +375,10 @@ def given_parameters(x: Array, scheme: Scheme, scale: Array, zero_point: Array |
     if zero_point is not None and zero_point.shape != expected:
         raise InputError(f"zero points of shape {zero_point.shape} for {scheme} on {x.shape}: they must be {expected}")
     target = jnp.asarray(scale, jnp.float32)
-    stored = scheme.scale.store(target, None, scheme.element)
+    if isinstance(scheme.scale, NestedScale):
+        stored = scheme.scale.store(target, None, scheme.element, outer=outer)
+    else:
+        stored = scheme.scale.store(target, None, scheme.element)
     zero = None
     if zero_point is not None:
         zero = jnp.clip(jnp.round(jnp.asarray(zero_point, jnp.float32)), 0, _integer(scheme.element).highest_code)

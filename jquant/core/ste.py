@@ -46,6 +46,7 @@ def fake_quantize(
     key: PRNGKeyArray | None = None,
     scale: Float[Array, "*batch row_tiles column_tiles"] | None = None,
     zero_point: Array | None = None,
+    outer: Float[Array, "*batch 1 1"] | None = None,
     keep: Keep = "mask",
     axis: Axis = -1,
 ) -> Float[Array, "*batch _ _"]:
@@ -58,6 +59,7 @@ def fake_quantize(
         key: rounds stochastically instead of to nearest; not for ggml's block types.
         scale: as `quantize` takes it; by default scales follow the range of x. Constants to the gradient either way.
         zero_point: as `quantize` takes it.
+        outer: the second level of a nested scale, where x shares it with others; a constant too.
         keep: what the gradient's `in_range` is known from: a `mask` of a byte an element, or the `input` and its
             scales. The latter takes no memory where the input lives on anyway, as a weight does.
         axis: of the inputs.
@@ -74,7 +76,7 @@ def fake_quantize(
         scheme.block is not None or scale is not None or isinstance(scheme.scale, DoubleQuantizedScale)
     )
     plan = _Plan(scheme, gradient, keep, -1 if turned else axis)
-    value: Array = _fake_quantize(plan, x.swapaxes(-1, -2) if turned else x, key, scale, zero_point)
+    value: Array = _fake_quantize(plan, x.swapaxes(-1, -2) if turned else x, key, scale, zero_point, outer)
     return value.swapaxes(-1, -2) if turned else value
 
 
@@ -137,15 +139,17 @@ class _Plan(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fake_quantize(plan: _Plan, x: Array, key: Array | None, scale: Array | None, zero_point: Array | None) -> Array:
-    return _forward(plan, x, key, scale, zero_point)[0]
+def _fake_quantize(
+    plan: _Plan, x: Array, key: Array | None, scale: Array | None, zero_point: Array | None, outer: Array | None
+) -> Array:
+    return _forward(plan, x, key, scale, zero_point, outer)[0]
 
 
 _Kept = Array | tuple[Array, Parameters] | None
 
 
 def _forward(
-    plan: _Plan, x: Array, key: Array | None, scale: Array | None, zero_point: Array | None
+    plan: _Plan, x: Array, key: Array | None, scale: Array | None, zero_point: Array | None, outer: Array | None
 ) -> tuple[Array, _Kept]:
     scheme, gradient, keep, axis = plan
     if scheme.block is not None:
@@ -153,7 +157,10 @@ def _forward(
         return value.astype(x.dtype), None
     tiles = to_tiles(x.astype(jnp.float32), scheme, axis)
     ranged = scale is None
-    parameters = choose_parameters(tiles, scheme) if ranged else given_parameters(x, scheme, scale, zero_point)
+    if ranged:
+        parameters = choose_parameters(tiles, scheme, outer=outer)
+    else:
+        parameters = given_parameters(x, scheme, scale, zero_point, outer=outer)
     levels, in_range = round_tiles(tiles, scheme, parameters, key)
     shape = (x.shape[-2], x.shape[-1])
     value = from_tiles(levels * spread(scheme.scale.load(parameters.stored)), shape).astype(x.dtype)
@@ -162,14 +169,14 @@ def _forward(
     return value, from_tiles(in_range, shape) if keep == "mask" else (x, parameters)
 
 
-def _backward(plan: _Plan, kept: _Kept, cotangent: Array) -> tuple[Array, None, None, None]:
+def _backward(plan: _Plan, kept: _Kept, cotangent: Array) -> tuple[Array, None, None, None, None]:
     if kept is None:
         in_range = jnp.ones(cotangent.shape, bool)
     elif isinstance(kept, tuple):
         in_range = _in_range(plan, *kept)
     else:
         in_range = kept
-    return plan.gradient(cotangent, in_range), None, None, None
+    return plan.gradient(cotangent, in_range), None, None, None, None
 
 
 def _in_range(plan: _Plan, x: Array, parameters: Parameters) -> Array:

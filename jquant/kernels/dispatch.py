@@ -246,6 +246,7 @@ def fake_quantize(
     scheme: Scheme,
     *,
     gradient: ste.GradientRule | None = None,
+    outer: Float[Array, "*batch 1 1"] | None = None,
     axis: Axis = -1,
     dtype: DTypeLike | None = None,
     keep: fused.Keep = "input",
@@ -256,6 +257,7 @@ def fake_quantize(
         x: [..., out, in], or [..., in, out] where the axis is −2.
         scheme: of x; static under jit.
         gradient: as there; a rule of one's own is never the kernel's.
+        outer: as there; the kernel is for other scales.
         axis: of the inputs.
         dtype: of the result, rounded once from float32; by default that of x.
         keep: see `kernels.fake_quant.fake_quantize`.
@@ -270,7 +272,7 @@ def fake_quantize(
     dtype = x.dtype if dtype is None else dtype
     wide = x if dtype == x.dtype else x.astype(jnp.float32)  # or it would be rounded to the dtype of x first
     kept = "mask" if keep == "input" else "input"
-    return ste.fake_quantize(wide, scheme, gradient=gradient, keep=kept, axis=axis).astype(dtype)
+    return ste.fake_quantize(wide, scheme, gradient=gradient, outer=outer, keep=kept, axis=axis).astype(dtype)
 
 
 @contextlib.contextmanager

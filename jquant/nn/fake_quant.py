@@ -19,8 +19,9 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.learned_scale import fake_quantize_learned, largest_level, lsq_initial_scale
 from jquant.core.pact import pact, pact_parameters
-from jquant.core.qtensor import QTensor, choose_parameters, quantize
+from jquant.core.qtensor import QTensor, choose_parameters, given_parameters, quantize, quantize_with
 from jquant.core.range_search import search_parameters
+from jquant.core.scales import NestedScale
 from jquant.core.scheme import Scheme, Tensor
 from jquant.core.ste import clipped_ste, fake_quantize, ste
 from jquant.core.tiles import Axis, to_tiles
@@ -42,6 +43,10 @@ class FakeQuantParam(nnx.Param[Array]):
 
 class ObserverState(nnx.Variable[Array]):
     """What an input quantizer has seen: float32 [4], as `Seen`. No Param: the forward pass changes it."""
+
+
+class OuterLevel(nnx.Variable[Array]):
+    """g of a weight's nested scale, float32 [..., 1, 1], where other weights have it too: it follows all of theirs."""
 
 
 class FakeQuantModule(nnx.Module):
@@ -91,6 +96,7 @@ class WeightQuantizer(FakeQuantModule):
         trained = _start(matrix.astype(jnp.float32), scheme, start) if gradient == "lsq" else (None, None)
         self.log_scale = None if trained[0] is None else FakeQuantParam(jnp.log2(trained[0]))
         self.zero_point = None if trained[1] is None else FakeQuantParam(trained[1])
+        self.level: OuterLevel | None = nnx.data(None)  # as qat/second_level.py sets it; without it g is that of W alone
 
     def __call__(
         self, matrix: Float[Array, "..."], *, axis: Axis = -1, dtype: DTypeLike | None = None
@@ -106,25 +112,47 @@ class WeightQuantizer(FakeQuantModule):
             return matrix if dtype is None else matrix.astype(dtype)
         if self.log_scale is None and self.rngs is None:
             rule = STRAIGHT[self.gradient]
-            return dispatch.fake_quantize(matrix, self.scheme, gradient=rule, axis=axis, dtype=dtype, keep="bound")
+            return dispatch.fake_quantize(
+                matrix, self.scheme, gradient=rule, outer=self._outer(), axis=axis, dtype=dtype, keep="bound"
+            )
         dtype = matrix.dtype if dtype is None else dtype
         wide = matrix if dtype == matrix.dtype else matrix.astype(jnp.float32)  # so as to be rounded once, at the end
         if self.log_scale is not None:
             scale, zero = self.parameters()
-            return fake_quantize_learned(wide, scale, self.scheme, zero_point=zero, axis=axis).astype(dtype)
+            value = fake_quantize_learned(wide, scale, self.scheme, zero_point=zero, outer=self._outer(), axis=axis)
+            return value.astype(dtype)
         key = None if self.rngs is None else self.rngs()
         turned = wide if axis == -1 else wide.swapaxes(-1, -2)
-        value = fake_quantize(turned, self.scheme, gradient=STRAIGHT[self.gradient], key=key, keep="input")
+        rule, outer = STRAIGHT[self.gradient], self._outer()
+        value = fake_quantize(turned, self.scheme, gradient=rule, key=key, outer=outer, keep="input")
         if axis == -2:  # the barrier: as in nn/rounded_input.py, whose bits these are
             value = jax.lax.optimization_barrier(value.swapaxes(-1, -2))
         return value.astype(dtype)
 
     def quantize(self, matrix: Float[Array, "*stack out in"]) -> QTensor:
         """The packed weight whose values are Ŵ, to nearest."""
-        if self.log_scale is None:
+        if self.scheme.block is not None:
             return quantize(matrix, self.scheme)
+        if self.log_scale is None:
+            tiles = to_tiles(matrix.astype(jnp.float32), self.scheme)
+            return quantize_with(matrix, self.scheme, choose_parameters(tiles, self.scheme, outer=self._outer()))
         scale, zero = self.parameters()
-        return quantize(matrix, self.scheme, scale=scale, zero_point=zero)
+        known = given_parameters(matrix, self.scheme, scale, zero, outer=self._outer())
+        return quantize_with(matrix, self.scheme, known)
+
+    def outer_of(self, peak: Float32[Array, "*stack 1 1"]) -> Float32[Array, "*stack 1 1"]:
+        """g of weights whose `peak` is this."""
+        assert isinstance(self.scheme.scale, NestedScale)
+        return self.scheme.scale.outer(peak, 1.0 if self.log_scale is not None else _reach(self.scheme))
+
+    def peak(self, matrix: Float[Array, "*stack out in"]) -> Float32[Array, "*stack 1 1"]:
+        """What g follows: the largest magnitude, or where scales are trained the largest of them."""
+        values = jnp.abs(matrix.astype(jnp.float32)) if self.log_scale is None else self.parameters()[0]
+        return jax.lax.stop_gradient(jnp.max(values, axis=(-2, -1), keepdims=True))
+
+    def _outer(self) -> Array | None:
+        nested = isinstance(self.scheme.scale, NestedScale)
+        return None if self.level is None or not nested else self.level.get_value()
 
     def parameters(self) -> tuple[Float32[Array, "*stack r c"], Float32[Array, "*stack r c"] | None]:
         """Trained scales and zero points."""

@@ -23,12 +23,12 @@ from jquant.core.scheme import scheme as parse_scheme
 from jquant.nn.capture import traced_capture, traced_output, unread
 from jquant.nn.linear import ExpertLinear
 from jquant.nn.matrices import input_rows, packed_layer, weight_matrix
+from jquant.nn.second_level import shared_levels
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.ptq import layer_programs
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
-from jquant.ptq.second_level import shared_levels
 from jquant.ptq.solver import is_finite
 from jquant.ptq.source import share
 from jquant.ptq.transforms import configured

@@ -30,6 +30,7 @@ from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.matrices import input_rows, packed_layer, set_weight_matrix, weight_matrix
 from jquant.nn.placement import fetched
 from jquant.nn.protocol import Equivalence
+from jquant.nn.second_level import reading_together, shared_levels
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import w8a8_layer
 from jquant.ptq import layer_programs
@@ -38,7 +39,6 @@ from jquant.ptq.coverage import LayerReport, TransformReport
 from jquant.ptq.data import Data
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule, Step
-from jquant.ptq.second_level import reading_together, shared_levels
 from jquant.ptq.solver import Solution, check_finite
 from jquant.ptq.static_ranges import RANGES, parameters
 from jquant.ptq.transforms import TRANSFORMS, Task, configured
@@ -354,7 +354,7 @@ def solve(
     """The rule's solver on one matrix, or on each of a stack.
 
     `factors` keeps what a method made of the statistics for the next layer that reads the same input; `outer` is the
-    second level that the weight shares with others (ptq/second_level.py).
+    second level that the weight shares with others (nn/second_level.py).
     """
     solver = SOLVERS[rule.method.name]
     config = configured(SOLVERS, rule.method.name, rule.method.options)

@@ -28,13 +28,13 @@ from jquant.kernels.dispatch import on_cpu
 from jquant.nn.mesh import AXES, DATA, axis_size
 from jquant.nn.placement import CUTTING
 from jquant.nn.protocol import Equivalence
+from jquant.nn.second_level import reading_together
 from jquant.nn.surgery import Path
 from jquant.ptq.block import fitting_places, rule_needs_data
 from jquant.ptq.cost import Cost, Load, Shape, measured_rates, rounding, square_error
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Rule
 from jquant.ptq.rule_check import EMBEDDING
-from jquant.ptq.second_level import reading_together
 from jquant.ptq.transforms import TRANSFORMS, configured
 from jquant.ptq.trial import Outline
 

@@ -22,9 +22,9 @@ from jquant.core.range_search import RangeSearch, count_of_tries, search_paramet
 from jquant.core.scheme import Scheme
 from jquant.core.tiles import to_tiles
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
+from jquant.nn.second_level import shared_levels_of_model
 from jquant.nn.surgery import named_modules, replace, select
 from jquant.ptq.cost import Cost, Shape, rounding
-from jquant.ptq.second_level import shared_levels_of_model
 from jquant.ptq.solver import Solution, check_finite, output_loss
 
 BLOCKS = (r"^blocks\.",)  # all linear layers of the blocks; embeddings and the output projection stay as they are

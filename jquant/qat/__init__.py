@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jquant.qat.rules import find_recipe as find_recipe
     from jquant.qat.rules import one_rule as one_rule
     from jquant.qat.rules import read_recipe as read_recipe
+    from jquant.qat.second_level import share_levels as share_levels
     from jquant.qat.stage import calibrate as calibrate
     from jquant.qat.stage import set_bits as set_bits
     from jquant.qat.stage import set_enabled as set_enabled
@@ -52,6 +53,7 @@ _HOME = {
     "find_recipe": "rules",
     "one_rule": "rules",
     "read_recipe": "rules",
+    "share_levels": "second_level",
     "calibrate": "stage",
     "set_bits": "stage",
     "set_enabled": "stage",

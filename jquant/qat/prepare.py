@@ -18,6 +18,7 @@ from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.qat_layers import QATExpertLinear, QATLayer, QATLinear, QATTable
 from jquant.nn.surgery import Path, named_modules, replace
 from jquant.qat.rules import Recipe, Rule, assign
+from jquant.qat.second_level import share_levels
 
 _LAYERS = (Linear, ExpertLinear, *FLAX_LAYERS)
 
@@ -83,6 +84,7 @@ def prepare(
         assert embed is not None
         embed.weight = made.pop("embed")
     replace(model, made)
+    share_levels(model)
     kinds = {path: type(layers.get(path, embed)).__name__ for path in rules}
     waiting = tuple(
         path for path, rule in rules.items() if rule.activation and rule.activation_gradient in ("lsq", "pact")

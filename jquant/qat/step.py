@@ -19,6 +19,7 @@ from jquant.nn.mesh import TENSOR
 from jquant.nn.placement import parameter_shardings, state_shardings
 from jquant.qat.forward import IN_PARTS
 from jquant.qat.losses import LossFn
+from jquant.qat.second_level import share_levels
 from jquant.qat.state import Structure, TrainState
 
 
@@ -82,6 +83,7 @@ def make_step(
             trained = jax.lax.with_sharding_constraint(trained, places)
             fixed = gathered(fixed)
         model = structure.merge(trained, fixed, rest)
+        share_levels(model)
         with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             loss, metrics = loss_fn(model, batch) if teacher is None else loss_fn(model, batch, teacher)
         changed = jax.tree.map(lambda new, old: new.astype(old.dtype), nnx.state(model, nnx.Not(nnx.Param)), rest)

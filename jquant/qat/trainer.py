@@ -34,6 +34,7 @@ from jquant.qat.losses import LossFn
 from jquant.qat.metrics import MetricsLog, StepRecord
 from jquant.qat.optimizer import make_optimizer, schedule
 from jquant.qat.schedule import FINAL, enter, rounded_to_nearest, stage_at
+from jquant.qat.second_level import share_levels
 from jquant.qat.sharding import check_rows, spread_rows, train_state_shardings
 from jquant.qat.state import Parts, TrainState, cast, split
 from jquant.qat.step import StepReport, make_step
@@ -185,6 +186,7 @@ class _Run:
     def put_back(self) -> None:
         """The state as it is now into the model."""
         nnx.update(self.model, self.structure.state(self.state.trained), self.state.rest)
+        share_levels(self.model)  # of the weights after the last update
 
     def _enter_stage(self, step: int) -> None:
         stage = stage_at(self.config, step)

@@ -22,6 +22,7 @@ from jquant.core.scheme import Scheme
 from jquant.core.scheme import scheme as parse_scheme
 from jquant.models.decoder import Decoder
 from jquant.nn.protocol import Equivalence
+from jquant.nn.second_level import shared_levels_of_model
 from jquant.nn.surgery import Path, module_at, replace
 from jquant.nn.w8a8 import w8a8_layer
 from jquant.ptq import awq, gptq, rtn, smoothquant
@@ -31,7 +32,6 @@ from jquant.ptq.gptq import Factor
 from jquant.ptq.methods import SOLVERS
 from jquant.ptq.recipe import Step
 from jquant.ptq.rule_check import check_rules
-from jquant.ptq.second_level import shared_levels_of_model
 from jquant.ptq.solver import Solution
 from jquant.ptq.transforms import TRANSFORMS, configured
 from jquant.sweep.grid import ROUNDING, Point

@@ -4,7 +4,7 @@
 
 Engines keep q, k and v as one matrix, and gate and up as another, with one g each: vLLM takes the largest of those it
 finds and warns. So layers of one parent that read the same input get the same g; what each rounds to is then what it
-would be as rows of that matrix. In quantization-aware training each layer still has a g of its own.
+would be as rows of that matrix. In training g follows the weights: qat/second_level.py.
 """
 
 from __future__ import annotations
@@ -48,20 +48,28 @@ def shared_levels_of_model(
     model: object, weights: Mapping[Path, Array], scheme: Scheme
 ) -> dict[Path, Float32[Array, "..."]]:
     """`shared_levels` of layers of a decoder, whose blocks tell what reads the same input; of other modules none."""
+    found: dict[Path, Array] = {}
+    if isinstance(scheme.scale, NestedScale):
+        for paths in reading_together_in_model(model, list(weights)):
+            found |= shared_levels({path: weights[path] for path in paths}, dict.fromkeys(paths, scheme))
+    return found
+
+
+def reading_together_in_model(model: object, paths: Sequence[Path]) -> list[tuple[Path, ...]]:
+    """`reading_together` of those layers that are in blocks of a decoder."""
     equivalences = getattr(model, "equivalences", None)
-    if equivalences is None or not isinstance(scheme.scale, NestedScale):
-        return {}
+    if equivalences is None:
+        return []
     blocks: dict[Path, list[Path]] = {}
-    for path in weights:
+    for path in paths:
         if path.startswith("blocks."):
             prefix = ".".join(path.split(".")[:2]) + "."
             blocks.setdefault(prefix, []).append(path.removeprefix(prefix))
-    found: dict[Path, Array] = {}
-    for prefix, inside in blocks.items():
-        for group in reading_together(inside, equivalences()):
-            paths = [prefix + path for path in group]
-            found |= shared_levels({path: weights[path] for path in paths}, dict.fromkeys(paths, scheme))
-    return found
+    return [
+        tuple(prefix + path for path in group)
+        for prefix, inside in blocks.items()
+        for group in reading_together(inside, equivalences())
+    ]
 
 
 def reading_together(paths: Sequence[Path], places: Sequence[Equivalence]) -> list[tuple[Path, ...]]:

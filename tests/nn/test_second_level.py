@@ -12,10 +12,10 @@ import pytest
 import jquant
 from jquant.core.qtensor import QTensor, dequantize, quantize
 from jquant.core.scheme import scheme
+from jquant.nn.second_level import reading_together, shared_levels
 from jquant.nn.surgery import module_at
 from jquant.ptq.pipeline import quantize_model
 from jquant.ptq.recipe import Recipe, Rule, one_rule
-from jquant.ptq.second_level import reading_together, shared_levels
 from tests.ptq.test_pipeline import BATCHES
 from tests.tiny_checkpoint import tiny_model
 
