@@ -8,7 +8,7 @@ Programs are kept (jquant/programs.py), so a second run compiles little.
 
 Floors: bytes that must be moved over the bandwidth of a copy, operations over the rate of a matrix product, both
 measured first. Works are warm unless they say otherwise; one that takes micro- or milliseconds is started many times in
-a row, so that the host is not what is measured. scripts/bench_qat.py has the training step.
+a row, so that the host is not what is measured. Of a training step the floor is the plain one.
 
 One H100 (80 GB HBM3, jax 0.11.2, 2026-11-27; copy 2,665 GB/s, bf16 743, int8 1,442, fp8 1,371 T/s), milliseconds, in
 one run in which everything was compiled; the last two, the model of 8B's shape and the crossover, in runs that followed
@@ -72,6 +72,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import bench_qat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -374,6 +375,16 @@ def inference(device: Device) -> None:
             row(what, seconds_, held / device.bandwidth, None, f"{batch / seconds_:.0f} tokens/s, {held / 1e9:.2f} GB")
 
 
+def training(device: Device) -> None:
+    """Steps of scripts/bench_qat.py; the floor is the plain step. The decoder's own W8A8 multiplies int8 by int8."""
+    bars = {"flax": {"int4:g128": 1.02, "W8A8 channel, token": 1.07}, "jquant": {"W8A8 channel, token": 0.95}}
+    for layers, of_variants in bars.items():
+        steps = 3 if device.small else 20
+        took = bench_qat.measure(list(of_variants), bench_qat.with_jquant, layers, gpu=not device.small, steps=steps)
+        for name, bar in of_variants.items():
+            row(f"training step, {name}, {layers} layers", took[name], took["plain"], bar * took["plain"])
+
+
 def crossover(device: Device) -> None:
     """Products from packed int4 by the kernels, and decoded first, beside bfloat16, against the rows of x."""
     side = device.side(8192)
@@ -432,6 +443,7 @@ WORKS: dict[str, Callable[[Device], None]] = {
     "fake-quant": fake_quant,
     "packed": packed,
     "w8a8": w8a8,
+    "training": training,
     "inference": inference,
     "pipeline": pipeline,
     "crossover": crossover,

@@ -105,7 +105,8 @@ def add_adapters(
     Args:
         model: any NNX module; its `Linear`, `nnx.Linear` and `QuantizedLinear` layers can be chosen.
         patterns: regular expressions searched for in the layers' dotted paths.
-        scheme: of the base of float layers. Layers that are packed already stay as they are.
+        scheme: of the base of float layers, each by itself: NVFP4's second level is shared where the model was
+            quantized before. Layers that are packed already stay as they are.
         rank: of the adapters, 1 to the smaller side of every weight.
         key: of the adapters' random numbers; a layer's depend on it and on the layer's path alone.
         alpha: adapters are multiplied by alpha / rank; by default `rank`, so by 1.
