@@ -96,9 +96,7 @@ class WeightQuantizer(FakeQuantModule):
         trained = _start(matrix.astype(jnp.float32), scheme, start) if gradient == "lsq" else (None, None)
         self.log_scale = None if trained[0] is None else FakeQuantParam(jnp.log2(trained[0]))
         self.zero_point = None if trained[1] is None else FakeQuantParam(trained[1])
-        self.level: OuterLevel | None = nnx.data(
-            None
-        )  # as qat/second_level.py sets it; without it g is that of W alone
+        self.level: OuterLevel | None = nnx.data(None)  # by qat/second_level.py; without it g is that of W
 
     def __call__(
         self, matrix: Float[Array, "..."], *, axis: Axis = -1, dtype: DTypeLike | None = None

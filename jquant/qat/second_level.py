@@ -2,8 +2,8 @@
 
     g = 448 · reach / max |W| over all of them        where scales are trained: 448 / max s
 
-Which do, nn/second_level.py says. `prepare` and every step of `train` set g anew from the weights, or trained scales, as
-they are then; it is a constant to the gradient. A loop of one's own calls `share_levels` after each update: where
+Which do, nn/second_level.py says. `prepare` and every step of `train` set g anew from the weights, or trained scales,
+as they are then; it is a constant to the gradient. A loop of one's own calls `share_levels` after each update: where
 weights outgrow a g that stays behind, their scales are clipped.
 """
 
