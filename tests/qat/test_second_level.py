@@ -11,7 +11,7 @@ from flax import nnx
 
 import jquant
 from jquant import qat
-from jquant.core.qtensor import quantize
+from jquant.core.qtensor import QTensor, quantize
 from jquant.core.scheme import scheme
 from jquant.models.decoder import Decoder
 from jquant.nn.surgery import module_at
@@ -30,7 +30,12 @@ def _layer(model: Decoder, path: str) -> Any:
 
 
 def _of_packed(model: Decoder, path: str) -> float:
-    return float(np.squeeze(_layer(model, path).weight.get_value().stored.scale2))
+    return _of(_layer(model, path).weight.get_value())
+
+
+def _of(q: QTensor) -> float:
+    assert q.stored.scale2 is not None
+    return float(np.squeeze(q.stored.scale2))
 
 
 def _logits(model: Decoder) -> np.ndarray:
@@ -73,7 +78,7 @@ def test_follows_the_weights_and_converts_to_the_same_logits(gradient: str) -> N
         expected = quantize(joined, NVFP4, scale=given)
         rows = np.split(np.asarray(jquant.dequantize(expected)), np.cumsum([len(floats[path]) for path in paths])[:-1])
         for path, values in zip(paths, rows, strict=True):
-            assert _of_packed(model, path) == float(np.squeeze(expected.stored.scale2)), path
+            assert _of_packed(model, path) == _of(expected), path
             assert np.array_equal(np.asarray(jquant.dequantize(_layer(model, path).weight.get_value())), values), path
     for paths, old in zip(SHARING, before, strict=True):
         assert _of_packed(model, paths[0]) != old
