@@ -37,11 +37,11 @@ on the same machine, as the first one was at its limit of 576 s:
     nf4, mxfp4 product, batch 1                 .018 .018         .020  2.52, 2.56 ×: levels by a table in shared memory
     nvfp4 product, batch 1                      .019     .014     .020  2.36 ×: likewise, and a scale every 16 weights
     fp8, int8 product, batch 1                  .028 .026   .025        bytes
-    a token of 8 blocks of 8B's shape, 1 row    bf16 2.1, int4 2.3, int8 2.2, fp8 1.4: the host, which starts 170
-                                                kernels; the GPU works for 1.5 and, of int4, 0.9. Runs differ: int4 1.6
-                                                to 2.3
-      … 16 rows                                 bf16 1.8, int4 3.3, int8 4.3, fp8 2.0
-      … memory                                  4.01 GB, 1.45, 2.27, 2.27
+    a token of 8B's shape, bf16                 5.9      5.4             its bytes, of 14.5 GB
+      … int4 (4.2 GB), int8 (7.5 GB)            5.4 4.8  1.6 2.8         the host, which starts 700 kernels, where it is
+                                                                        slow: int4 took 3.1 to 3.2 on another machine,
+                                                                        near the 3.2 that the GPU works
+      … 16 rows, bf16, int4, int8               6.6, 5.8, 9.3
     GPTQ of a model of 8B's shape               51.5 s   6.4 s    60 s  first block 20.9 (compiling, by the host; 16.6
                                                                         on another machine), then 0.83
     training step: see scripts/bench_qat.py
@@ -49,8 +49,13 @@ on the same machine, as the first one was at its limit of 576 s:
 Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94
 .89 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31
 .32 .32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of profiles of earlier runs;
-tokens and the six schemes are of later ones, fp8's of its own. In one program with a loop over 16 tokens (int4's took
-longer than a minute to compile) bf16 takes 1.52 for 1.75.
+tokens and the six schemes are of later ones.
+
+A token of 8 blocks of that shape in int4, by how blocks were put into programs: two runs that share a program 1.9 to
+2.3 ms, as the program's CUDA graph is recorded anew for the operands of each (0.5 ms) and sent to the GPU again; each
+run with a program of its own 1.4 to 1.7; all in one 0.9 to 1.1, of which the GPU works for 0.94. 32 blocks in one
+compile for longer than 20 s, 8 for 2.8. Of SmolLM2's shape, 30 blocks: 6 runs that shared two programs 3.2 to 4.3, 5
+that share one 2.4 to 3.5, with programs of their own 1.4 to 2.1.
 
 The product of one row, by what was tried: a kernel, and one of XLA's that sums its parts and puts the next x in order,
 17.7 to 19.3 µs; one kernel (packed_mma.py) 16.0 to 16.2; of a scale a row in place of 64 15.0; steps of 1024 inputs, or

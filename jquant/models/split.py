@@ -67,7 +67,8 @@ def longest_runs() -> tuple[int, int]:
     """Blocks in one program at most, where it reads a piece of a prompt, and where it goes on by a token.
 
     To start a program takes a host longer than a GPU computes a token in a block, and to compile a long one takes long:
-    a piece of a prompt hides more of the start. On CPU one block a program is as fast as any.
+    a piece of a prompt hides more of the start. scripts/bench_gpu.py has figures. On CPU one block a program is as fast
+    as any.
     """
     return (1, 1) if on_cpu() else (4, 8)
 
