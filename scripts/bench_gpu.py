@@ -54,8 +54,8 @@ tokens and the six schemes are of later ones.
 A token of 8 blocks of that shape in int4, by how blocks were put into programs: two runs that share a program 1.9 to
 2.3 ms, as the program's CUDA graph is recorded anew for the operands of each (0.5 ms) and sent to the GPU again; each
 run with a program of its own 1.4 to 1.7; all in one 0.9 to 1.1, of which the GPU works for 0.94. 32 blocks in one
-compile for longer than 20 s, 8 for 2.8. Of SmolLM2's shape, 30 blocks: 6 runs that shared two programs 3.2 to 4.3, 5
-that share one 2.4 to 3.5, with programs of their own 1.4 to 2.1.
+compile for longer than 20 s, 8 for 2.8. Of SmolLM2's shape, 30 blocks: 5 runs that share a program 2.1 to 3.5, with
+programs of their own 1.4 to 2.1.
 
 The product of one row, by what was tried: a kernel, and one of XLA's that sums its parts and puts the next x in order,
 17.7 to 19.3 µs; one kernel (packed_mma.py) 16.0 to 16.2; of a scale a row in place of 64 15.0; steps of 1024 inputs, or
