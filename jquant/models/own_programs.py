@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from jquant.kernels.dispatch import on_cuda
+
 AtPlace = Callable[..., Any]  # of a place, which has a number, and of what the function takes
 
 _MOST = 16  # programs of which copies are kept
@@ -59,8 +61,8 @@ def own_programs(function: Any, *, static: tuple[int, ...]) -> AtPlace:
 
 
 def are_recorded() -> bool:
-    """Whether XLA has programs recorded here: on one GPU."""
-    return jax.default_backend() == "gpu" and jax.device_count() == 1
+    """Whether XLA has programs recorded here: on one NVIDIA GPU."""
+    return on_cuda() and jax.device_count() == 1
 
 
 def _copy(program: jax.stages.Compiled, index: int) -> jax.stages.Compiled:
