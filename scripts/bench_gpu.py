@@ -37,12 +37,12 @@ on the same machine, as the first one was at its limit of 576 s:
     nf4, mxfp4 product, batch 1                 .018 .018         .020  2.52, 2.56 ×: levels by a table in shared memory
     nvfp4 product, batch 1                      .019     .014     .020  2.36 ×: likewise, and a scale every 16 weights
     fp8, int8 product, batch 1                  .028 .026   .025        bytes
-    a token of 8B's shape, bf16                 5.9      5.4             its bytes, of 14.5 GB
-      … int4 (4.2 GB), int8 (7.5 GB)            5.4 4.8  1.6 2.8         the host, which starts 700 kernels, where it is
+    a token of 8B's shape, bf16                 5.9      5.3             its bytes, of 14.5 GB
+      … int4 (4.2 GB), int8 (7.5 GB)            5.4 4.8  1.5 2.7         the host, which starts 700 kernels, where it is
                                                                         slow: int4 took 3.1 to 3.2 on another machine,
                                                                         near the 3.2 that the GPU works
       … 16 rows, bf16, int4, int8               6.6, 5.8, 9.3
-    GPTQ of a model of 8B's shape               51.5 s   6.4 s    60 s  first block 20.9 (compiling, by the host; 16.6
+    GPTQ of a model of 8B's shape               51.5 s   7.8 s    60 s  first block 20.9 (compiling, by the host; 16.6
                                                                         on another machine), then 0.83
     training step: see scripts/bench_qat.py
 
@@ -263,7 +263,8 @@ def pipeline(device: Device) -> None:
     jquant.quantize_model(model, recipe, batches, progress=lambda event: parts.append(event.seconds))
     took = time.perf_counter() - start
     look_for_programs(True)
-    floor = 2 * windows * length * 218e6 * 32 * 1.3 / device.rates["bf16"]  # the walk, and Gram matrices by symmetry
+    # A block: the walk through 218 million weights, and half of Gram matrices of 3 · 4096² and 14336², by symmetry.
+    floor = 2 * windows * length * 32 * (218e6 + (3 * 4096**2 + 14336**2) / 2) / device.rates["bf16"]
     note = f"first block {parts[0]:.1f} s, then {statistics.median(parts[1:-1] or parts):.2f} s each"
     row(f"GPTQ of a model of Llama 3 8B's shape, {windows} × {length} tokens", took, floor, 60.0, note)
 
@@ -362,6 +363,7 @@ def inference(device: Device) -> None:
         if spec is not None:
             jquant.quantize_layers(model, jquant.scheme(spec))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+        read = held - sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.embed)))  # of which a row a token
 
         def row_of(count: int, model: Decoder = model) -> None:
             for _ in generate(model, prompt, max_tokens=count):
@@ -377,7 +379,7 @@ def inference(device: Device) -> None:
             took[batch] = (long - short) / (many - few)
         for batch, seconds_ in took.items():
             what = f"a token of {batch} rows, 8B's shape, {spec or 'bf16'}"
-            row(what, seconds_, held / device.bandwidth, None, f"{batch / seconds_:.0f} tokens/s, {held / 1e9:.2f} GB")
+            row(what, seconds_, read / device.bandwidth, None, f"{batch / seconds_:.0f} tokens/s, {held / 1e9:.2f} GB")
 
 
 def training(device: Device) -> None:

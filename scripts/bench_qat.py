@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--only", help="variants whose name contains this")
     parser.add_argument("--peer", choices=("qwix",), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.qwix is not None and arguments.layers != "flax":
+        parser.error("--qwix is for nnx.Linear: leave --layers out")
     chosen = [name for name in VARIANTS if arguments.only is None or arguments.only in name]
     prepared = with_qwix if arguments.peer else with_jquant
     rows = measure(chosen, prepared, arguments.layers, gpu=arguments.gpu, steps=arguments.steps)
@@ -103,10 +105,12 @@ def main() -> None:
     theirs: dict[str, float] = {}
     if arguments.qwix is not None:
         command = [str(arguments.qwix), __file__, "--peer", "qwix", "--steps", str(arguments.steps)]
+        command += ["--gpu"] if arguments.gpu else []
+        command += [] if arguments.only is None else ["--only", arguments.only]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         theirs = json.loads(done.stdout.splitlines()[-1])
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: plain step {rows['plain'] * 1e3:.1f} ms")
-    for name in chosen:
+    for name in (each for each in chosen if each in rows):
         line = f"{name:22} {rows[name] / rows['plain']:.3f} ×"
         print(line + (f"   qwix {theirs[name] / theirs['plain']:.3f} ×" if name in theirs else ""), flush=True)
 

@@ -67,7 +67,7 @@ def main() -> None:
         "decode": decode(shape, numerics, load, device),
     }
     model = checkpoint.model(dtype=arguments.dtype)
-    took = min((timed(model, load) for _ in range(arguments.runs)), key=sum)
+    took = [min(each) for each in zip(*(timed(model, load) for _ in range(arguments.runs)), strict=True)]
     held = memory(shape, numerics, load).weights / 1e6
     print(f"{arguments.model}: {shape.parameters / 1e6:.1f} million parameters, {held:.0f} MB in {arguments.dtype}")
     for (part, time_), seconds in zip(predicted.items(), took, strict=True):

@@ -108,7 +108,7 @@ def multiply_as_codes(
 ) -> BFloat16[Array, "rows out"] | None:
     """x̂ · dequantize(weight)ᵀ + bias of x quantized a row, as codes, by kernels; None where there are none.
 
-    No gradient: codes have none. Under vmap over x all rows go into one product.
+    No gradient: codes have none, and nn/w8a8.py has its own. Under vmap over x all rows go into one product.
     """
     if weight.groups is not None or weight.ndim != 2 or not _multiplies(x, weight.shape, weight.scheme, activation):
         return None

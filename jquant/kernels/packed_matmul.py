@@ -202,6 +202,8 @@ def _with_tensor_cores(job: _Job, codes: Any, *refs: Any) -> None:
         for level, part_of_x in zip(levels(packed, job.element, assembly=job.assembly), slices, strict=True):
             if scale_first:
                 level = _scaled(level, scale, zero)
+            if not job.assembly:  # interpreted: a CPU may have no product of bfloat16; this one has the same values
+                level, part_of_x = level.astype(jnp.float32), part_of_x.astype(jnp.float32)
             part += jnp.dot(level, part_of_x, preferred_element_type=jnp.float32)
         if not scale_first:
             part = part if zero is None or sums_of_x is None else part - zero * sums_of_x

@@ -60,7 +60,7 @@ def _bytes_on_chip(tiling: Tiling, rows: int, q: QTensor) -> int:
     stage = ROWS * tiling.inputs * q.scheme.element.bits // 8 + 2 * rows * tiling.inputs
     held = 4 * ROWS * SHARES * COLUMNS
     if _sums_scaled(q):
-        held += (1 if q.zero_planes is None else 2) * 4 * ROWS * _pitch(columns // group)
+        held += (1 if q.zero_planes is None else 2) * 4 * ROWS * _pitch(-(-columns // group))
     else:
         stage += ROWS * tiling.inputs // group
     if registers.looked_up(q.scheme.element):
@@ -138,6 +138,11 @@ class _Job:
         """Rather than weights."""
         return self.codes.scale_bytes is None
 
+    @property
+    def groups(self) -> int:
+        """Of a row; the last may be shorter."""
+        return -(-self.inputs // self.codes.group)
+
 
 def _job_of(q: QTensor, tiling: Tiling, batch: int, dtype: DTypeLike) -> _Job:
     out, inputs = q.matrix_shape
@@ -179,7 +184,6 @@ def _call(job: _Job) -> Any:
     own_groups = max(1, own_step // codes.group)
     # Of a step, multiplied in a row: a group, or what of it there is; else as much as takes few registers.
     part = own_step // own_groups if job.sums_scaled else min(own_step, 128)
-    groups = job.inputs // codes.group
 
     def kernel(*refs: Any, staged: Any, met: Any, held: Any = None, table: Any = None) -> None:
         packed_ref, x_ref, scale_ref, *others, out_ref = refs
@@ -254,7 +258,7 @@ def _call(job: _Job) -> Any:
         "met": plgpu.Barrier(num_arrivals=SHARES),
     }
     if job.sums_scaled:
-        scratch["held"] = plgpu.SMEM((2 if codes.has_zero else 1, ROWS, _pitch(groups)), jnp.float32)
+        scratch["held"] = plgpu.SMEM((2 if codes.has_zero else 1, ROWS, _pitch(job.groups)), jnp.float32)
     if registers.looked_up(codes.element):
         scratch["table"] = plgpu.SMEM((256, LANES), jnp.int32)
     return plgpu.kernel(

@@ -63,7 +63,7 @@ def generate(
         InputError: the prompt is empty, holds ids outside the vocabulary, or is too long for the model.
     """
     sampling = Sampling() if sampling is None else sampling
-    _check_prompt(model, np.asarray(prompt), max_tokens)
+    check_prompt(model, np.asarray(prompt), max_tokens)
     return _generate(model, np.asarray(prompt, np.int32), max_tokens, sampling, stop_ids)
 
 
@@ -129,7 +129,8 @@ def choose(logits: Float[Array, " vocab"], key: Array, sampling: Sampling) -> Ar
     return order[jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))]
 
 
-def _check_prompt(model: Decoder, prompt: np.ndarray, max_tokens: int) -> None:
+def check_prompt(model: Decoder, prompt: np.ndarray, max_tokens: int) -> None:
+    """Raises InputError where the prompt, or what is to follow it, is not what the model reads."""
     config = model.config
     if max_tokens < 1:
         raise InputError(f"max tokens {max_tokens}: it must be at least 1")

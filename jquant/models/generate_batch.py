@@ -18,7 +18,7 @@ from jquant.core.errors import InputError
 from jquant.kernels.dispatch import on_cpu
 from jquant.models.config import ModelConfig
 from jquant.models.decoder import Cache, Decoder, step_context
-from jquant.models.generate import prompt_chunk
+from jquant.models.generate import check_prompt, prompt_chunk
 from jquant.models.own_programs import AtPlace, own_programs, shared
 from jquant.models.split import Leaves, Split, split
 from jquant.nn.placement import fetched
@@ -45,18 +45,17 @@ def generate_batch(
         The new tokens of each prompt, with the one that ended it.
 
     Raises:
-        InputError: a prompt is empty or too long.
+        InputError: a prompt is empty, holds ids outside the vocabulary, or is too long; or nothing is asked for.
     """
     if rows is None:
         rows = max(1, min(4, len(prompts))) if on_cpu() else 32  # on a CPU empty rows cost what others do
+    if rows < 1:
+        raise InputError(f"rows {rows}: it must be at least 1")
     for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise InputError(f"prompt {index} is empty: give at least one token")
-        if len(prompt) + max_tokens > model.config.max_length:
-            raise InputError(
-                f"prompt {index}: its {len(prompt)} tokens and {max_tokens} new ones exceed the model's "
-                f"{model.config.max_length}: shorten one"
-            )
+        try:
+            check_prompt(model, np.asarray(prompt), max_tokens)
+        except InputError as error:
+            raise InputError(f"prompt {index}: {error}") from error
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # neighbours need like capacities
     found: dict[int, list[int]] = {}
     parts = split(model)

@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ _MOST = 16  # programs of which copies are kept
 
 # Of a program that jax keeps, what was loaded of it for places after the first.
 _loaded: OrderedDict[Any, list[jax.stages.Compiled]] = OrderedDict()
+_lock = threading.Lock()
 
 
 def shared(function: Any) -> AtPlace:
@@ -39,7 +41,7 @@ def own_programs(function: Any, *, static: tuple[int, ...]) -> AtPlace:
 
     Returns:
         A function of a place and of what `function` takes. At every call of a place operands must have the same shapes,
-        dtypes, and static values.
+        dtypes, and static values. Where XLA does not write a program out, places share it.
     """
     if not are_recorded():
         return shared(function)
@@ -65,14 +67,19 @@ def are_recorded() -> bool:
     return on_cuda() and jax.device_count() == 1
 
 
-def _copy(program: jax.stages.Compiled, index: int) -> jax.stages.Compiled:
-    """One that is loaded of it: copies outlive the generation that asked for them."""
+def _copy(program: jax.stages.Compiled, index: int) -> jax.stages.Compiled | None:
+    """One that is loaded of it, as copies outlive the generation that asked for them; None where XLA can load none."""
     executable = program.runtime_executable()
-    copies = _loaded.setdefault(executable, [])
-    _loaded.move_to_end(executable)
-    if len(_loaded) > _MOST:
-        _loaded.popitem(last=False)
-    while len(copies) <= index:
-        parts = serialize_executable.serialize(program)
-        copies.append(serialize_executable.deserialize_and_load(*parts, execution_devices=jax.devices()[:1]))
-    return copies[index]
+    with _lock:
+        copies = _loaded.setdefault(executable, [])
+        _loaded.move_to_end(executable)
+        if len(_loaded) > _MOST:
+            _loaded.popitem(last=False)
+        while len(copies) <= index:
+            try:
+                parts = serialize_executable.serialize(program)
+                copy = serialize_executable.deserialize_and_load(*parts, execution_devices=jax.devices()[:1])
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
+                return None
+            copies.append(copy)
+        return copies[index]

@@ -5,6 +5,8 @@
 X is quantized per token, from the token itself (dynamic), or per tensor, with a scale found in calibration (static). A
 scale of all tokens together found at inference is not offered: what a token gives would depend on those after it.
 
+The gradient of X goes straight through its rounding: it is that of the product with dequantize(W). W has none.
+
 Sums of integers are exact everywhere. Those of fp8 are float32's on CPU; tensor cores keep fewer bits of them (H100,
 jax 0.11.2: 1.2e-4 off in relative norm over 576 inputs). On CPU, too, XLA multiplies int8 as fast as it does float32
 (jax 0.10.2: 512×1536×576 in 6 ms against 9). On Hopper kernels quantize and multiply (kernels/w8a8_wgmma.py); all
@@ -15,6 +17,9 @@ Reference: SmoothQuant (Xiao et al., 2211.10438), 2 and 5; SPEC 6. Conventions o
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,10 +28,10 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jquant.core.errors import InputError
 from jquant.core.formats import Int as IntElement
-from jquant.core.qtensor import QTensor, choose_parameters, quantize
+from jquant.core.qtensor import QTensor, choose_parameters, dequantize, quantize
 from jquant.core.scheme import Channel, Scheme, Tensor, Token
 from jquant.kernels import dispatch
-from jquant.nn.linear import ExpertLinear, Linear, Quantized
+from jquant.nn.linear import ExpertLinear, Linear, Quantized, grouped_matmul_transposed, matmul_transposed
 from jquant.nn.product import PRECISION
 
 _DTYPES = {
@@ -76,15 +81,9 @@ class W8A8Linear(nnx.Module):
         """The product in `dtype`; by default in that of x."""
         rows = x.reshape(-1, x.shape[-1])
         dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-        bias = None if self.bias is None else self.bias.get_value()
-        product = None
-        if dtype == jnp.bfloat16:
-            product = dispatch.multiply_as_codes(rows, self.weight.get_value(), self.activation, bias)
-        if product is None:
-            codes = quantize_input(rows, self.activation, _value(self.input_scale), _value(self.input_zero_point))
-            product = multiply(codes, self.weight.get_value())
-            product = product if bias is None else product + bias.astype(jnp.float32)
-        return product.astype(dtype).reshape(*x.shape[:-1], -1)
+        bias, static = _value(self.bias), (_value(self.input_scale), _value(self.input_zero_point))
+        found: Array = _linear((self.activation, dtype), rows, self.weight.get_value(), bias, *static)
+        return found.reshape(*x.shape[:-1], -1)
 
 
 class W8A8ExpertLinear(nnx.Module):
@@ -107,8 +106,63 @@ class W8A8ExpertLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> Float[Array, "rows out"]:
         """As `ExpertLinear`."""
-        codes = quantize_input(x, self.activation, _value(self.input_scale), _value(self.input_zero_point))
-        return grouped_multiply(codes, self.weight.get_value(), counts).astype(x.dtype)
+        static = (_value(self.input_scale), _value(self.input_zero_point))
+        return _expert_linear(self.activation, x, self.weight.get_value(), counts, *static)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(
+    plan: tuple[Scheme, DTypeLike],
+    x: Array,
+    weight: QTensor,
+    bias: Array | None,
+    scale: Array | None,
+    zero: Array | None,
+) -> Array:
+    activation, dtype = plan
+    product = None
+    if dtype == jnp.bfloat16:
+        product = dispatch.multiply_as_codes(x, weight, activation, bias)
+    if product is None:
+        product = multiply(quantize_input(x, activation, scale, zero), weight)
+        product = product if bias is None else product + bias.astype(jnp.float32)
+    return product.astype(dtype)
+
+
+def _linear_forward(plan: Any, x: Array, weight: QTensor, bias: Array | None, *static: Any) -> tuple[Array, Any]:
+    return _linear(plan, x, weight, bias, *static), (x, weight, bias)
+
+
+def _linear_backward(plan: tuple[Scheme, DTypeLike], kept: Any, cotangent: Array) -> tuple[Any, ...]:
+    x, weight, bias = kept
+    value = dequantize(weight, x.dtype)
+    pull = jax.vjp(lambda x, bias: matmul_transposed(x, value, bias, dtype=plan[1]), x, bias)[1]
+    of_x, of_bias = pull(cotangent)
+    return of_x, None, of_bias, None, None
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expert_linear(
+    activation: Scheme, x: Array, weight: QTensor, counts: Array, scale: Array | None, zero: Array | None
+) -> Array:
+    return grouped_multiply(quantize_input(x, activation, scale, zero), weight, counts).astype(x.dtype)
+
+
+def _expert_forward(activation: Scheme, x: Array, weight: QTensor, counts: Array, *static: Any) -> tuple[Array, Any]:
+    return _expert_linear(activation, x, weight, counts, *static), (x, weight, counts)
+
+
+def _expert_backward(_: Scheme, kept: Any, cotangent: Array) -> tuple[Any, ...]:
+    x, weight, counts = kept
+    value = dequantize(weight, x.dtype)
+    pull = jax.vjp(lambda x: grouped_matmul_transposed(x, value, counts), x)[1]
+    return *pull(cotangent), None, None, None, None
+
+
+_expert_linear.defvjp(_expert_forward, _expert_backward)
 
 
 def w8a8_layer(
@@ -235,5 +289,5 @@ def _variable(value: object | None) -> InputScale | None:
     return None if value is None else InputScale(jnp.asarray(value, jnp.float32).reshape(()))
 
 
-def _value(variable: InputScale | None) -> Array | None:
+def _value(variable: nnx.Variable[Array] | None) -> Array | None:
     return None if variable is None else variable.get_value()

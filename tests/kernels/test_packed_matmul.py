@@ -27,7 +27,11 @@ FITTING = (
 
 @pytest.mark.parametrize(
     ("spec", "batch"),
-    [*((spec, 1) for spec in FITTING), *((spec, 5) for spec in FITTING[:8]), ("int4:g128:asym", 70), ("mxfp4", 70)],
+    [
+        *((spec, 1) for spec in FITTING),
+        *((spec, 5) for spec in (*FITTING[:8], "mxfp8_e4m3", "int8:g64:asym")),
+        *(("int8:g16", 16), ("fp8_e4m3:g64", 16), ("int4:g128:asym", 70), ("mxfp4", 70)),
+    ],
 )
 def test_product(spec: str, batch: int) -> None:
     weight = jax.random.normal(jax.random.key(0), (64, 512))

@@ -13,19 +13,28 @@ from jquant.core.formats import Codebook
 from jquant.core.qtensor import dequantize, quantize
 from jquant.core.scheme import scheme
 from jquant.kernels import dispatch
-from jquant.kernels.packed_mma import fits, packed_matmul, tiling_of
+from jquant.kernels.packed_mma import _job_of, fits, packed_matmul, tiling_of
 
 SPECS = ["int4:g128", "int4:g64:bf16", "int4:g32", "int4:g128:asym", "int4:g32:asym:fp16", "nf4:g64", "nf4:g128:dq"]
 SPECS += ["mxfp4", "mxfp8_e4m3", "nvfp4", "int8:channel", "int8:g128:asym", "fp8_e4m3:channel", "fp8_e5m2:g64"]
 SPECS += ["int4:channel"]
+RAGGED = [("int4:g1024", 1536), ("int4:g1024:asym", 1536), ("int8:g4096", 6656)]  # the last group is shorter
+
+
+@pytest.mark.parametrize(("spec", "inputs"), RAGGED)
+def test_shared_memory_has_a_place_for_every_scale(spec: str, inputs: int) -> None:
+    q = quantize(jnp.ones((64, inputs)), scheme(spec))
+    tiling = tiling_of(1, q)
+    assert tiling is not None
+    assert _job_of(q, tiling, 1, jnp.float32).groups == q.scales().shape[1]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("spec", SPECS)
-def test_product(spec: str, batch: int) -> None:
-    q = quantize(jax.random.normal(jax.random.key(0), (192, 2560)) ** 3, scheme(spec))
+@pytest.mark.parametrize(("spec", "inputs"), [*((spec, 2560) for spec in SPECS), *RAGGED])
+def test_product(spec: str, inputs: int, batch: int) -> None:
+    q = quantize(jax.random.normal(jax.random.key(0), (192, inputs)) ** 3, scheme(spec))
     assert fits(q, batch)
-    x = jax.random.normal(jax.random.key(1), (batch, 2560)).astype(jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (batch, inputs)).astype(jnp.bfloat16)
     if not dispatch.on_hopper():
         traced = jax.jit(packed_matmul).trace(x, q)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -64,7 +64,14 @@ def test_programs_depend_on_capacity_alone() -> None:
 
 def test_bad_prompts_are_named() -> None:
     model = tiny_model()
-    with pytest.raises(InputError, match="prompt 1 is empty"):
+    with pytest.raises(InputError, match="prompt 1: the prompt is empty"):
         generate_batch(model, [[1], []], max_tokens=4, stop=lambda row, new: False)
-    with pytest.raises(InputError, match="prompt 0: its 510 tokens and 4 new ones exceed the model's 512"):
+    with pytest.raises(InputError, match="prompt 0: 510 prompt tokens and 4 new ones exceed the model's 512"):
         generate_batch(model, [[1] * 510], max_tokens=4, stop=lambda row, new: False)
+    for prompt, message in (([257], "outside 0 … 256"), ([1, -1], "outside 0 … 256"), ([1.5], "float64")):
+        with pytest.raises(InputError, match=f"prompt 1: .*{message}"):
+            generate_batch(model, [[1], prompt], max_tokens=4, stop=lambda row, new: False)  # type: ignore[list-item]
+    with pytest.raises(InputError, match="max tokens 0"):
+        generate_batch(model, [[1]], max_tokens=0, stop=lambda row, new: False)
+    with pytest.raises(InputError, match="rows 0"):
+        generate_batch(model, [[1]], max_tokens=4, stop=lambda row, new: False, rows=0)

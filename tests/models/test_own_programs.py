@@ -103,6 +103,19 @@ def test_generation_by_them_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatc
     assert by_copies == [found()] * 2
 
 
+@pytest.mark.usefixtures("recorded")
+def test_a_program_that_cannot_be_written_out_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise NotImplementedError("as of some experts' sort on a CPU")
+
+    monkeypatch.setattr(own_programs.serialize_executable, "serialize", refuse)
+    call = own_programs.own_programs(_function(), static=(1,))
+    for place in range(3):
+        y, (total,) = call(place, jnp.ones(3), 7, [jnp.full(3, place)])
+        assert (float(y[0]), float(total[0])) == (7, place + 1)
+    assert [len(copies) for copies in own_programs._loaded.values()] == [0]
+
+
 def test_runs_are_equal_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splitting, "longest_runs", lambda: (4, 8))
     expected = {

@@ -14,6 +14,7 @@ from flax import nnx
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor
 from jquant.core.scheme import scheme
+from jquant.kernels import dispatch
 from jquant.nn.linear import ExpertLinear, Linear
 from jquant.nn.protocol import apply
 from jquant.nn.surgery import named_modules, replace
@@ -148,6 +149,55 @@ def test_experts_are_linear_layers_side_by_side(pair: tuple[str, str]) -> None:
 
 
 _STATIC = ("input_scale", "input_zero_point")
+
+
+@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[5], PAIRS[8]])
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_the_gradient_is_that_of_the_product_with_decoded_weights(pair: tuple[str, str], vmapped: bool) -> None:
+    layer, cotangent = _layer(*pair), RNG.standard_normal((7, 48)).astype(np.float32)
+    graphdef, state = nnx.split(layer)
+
+    def total(x: jax.Array, bias: jax.Array) -> jax.Array:
+        held = nnx.merge(graphdef, state)
+        held.bias = nnx.Param(bias)
+        y = jax.vmap(held)(x[:, None])[:, 0] if vmapped else held(x)
+        return jnp.sum(y * cotangent)
+
+    of_x, of_bias = jax.jit(jax.grad(total, (0, 1)))(jnp.asarray(X), jnp.asarray(BIAS))
+    expected = cotangent.astype(np.float64) @ np.asarray(dequantize(layer.weight.get_value()), np.float64)
+    np.testing.assert_allclose(of_x, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_bias, cotangent.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_and_so_it_is_of_experts() -> None:
+    counts, stack = jnp.asarray([3, 0, 4]), jnp.asarray(np.stack([W, W, W[::-1] * 2]))
+    weight = _quantized(stack, scheme("int8:channel"))
+    layer = W8A8ExpertLinear(weight, activation=scheme("int8:token"))
+    cotangent = RNG.standard_normal((7, 48)).astype(np.float32)
+    found = jax.jit(jax.grad(lambda x: jnp.sum(layer(x, counts) * cotangent)))(jnp.asarray(X))
+    values = np.asarray(dequantize(weight), np.float64)[np.asarray([0, 0, 0, 2, 2, 2, 2])]
+    np.testing.assert_allclose(found, np.einsum("ro,roi->ri", cotangent, values), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_are_not_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Hopper, as far as a gradient is traced: what runs there in the forward pass has no rule for one."""
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "way", lambda: "kernel")
+    weight = _quantized(jnp.ones((512, 512)), scheme("int8:channel"))
+    layer = W8A8Linear(weight, jnp.zeros(512), activation=scheme("int8:token"))
+    graphdef, state = nnx.split(layer)
+
+    def total(x: jax.Array, state: nnx.State) -> jax.Array:
+        return jnp.sum(nnx.merge(graphdef, state)(x).astype(jnp.float32))
+
+    x = jnp.ones((256, 512), jnp.bfloat16)
+    traced = str(jax.make_jaxpr(jax.grad(total, allow_int=True))(x, state))
+    assert "mosaic" in traced or "pallas" in traced or "core_map" in traced
+    assert jax.eval_shape(jax.grad(lambda bias: total(x, _with_bias(state, bias))), jnp.zeros(512)).shape == (512,)
+
+
+def _with_bias(state: nnx.State, bias: jax.Array) -> nnx.State:
+    return nnx.State({**state, "bias": nnx.Param(bias)})
 
 
 def test_static_scales_cover_what_was_seen() -> None:
