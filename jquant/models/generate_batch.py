@@ -81,26 +81,27 @@ def _one_batch(
     tokens = np.zeros((rows, -(-int(lengths.max()) // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    caches, nothing = _empty_caches(model, rows, capacity), np.zeros(rows, np.int32)
+    caches = _empty_caches(model, rows, capacity)
     last = jnp.zeros((rows, model.config.hidden_size), model.embed.weight.get_value().dtype)
     for start in range(0, tokens.shape[1], chunk):
         piece = jnp.asarray(tokens[:, start : min(start + chunk, capacity)])
-        hidden, caches = _advance(parts, piece, nothing, start, caches, capacity)
+        before = jnp.full(rows, start - 1, jnp.int32)
+        hidden, caches, _ = _advance(parts, piece, before, caches, capacity)
         last = _last_states(last, hidden, jnp.asarray(lengths - 1 - start))
     # What the padding wrote lies behind each row's length: it is masked until a new token takes its place.
     new: list[list[int]] = [[] for _ in prompts]
-    running, ends = set(range(len(prompts))), jnp.asarray(lengths)
+    running, places = set(range(len(prompts))), jnp.asarray(lengths - 1)
     step = own_programs(_step, static=_STATIC)
 
-    def follow(chosen: Array, count: int) -> Array:
-        nonlocal caches
-        hidden, caches = _advance(parts, chosen, ends, count, caches, capacity, step)
+    def follow(chosen: Array) -> Array:
+        nonlocal caches, places
+        hidden, caches, places = _advance(parts, chosen, places, caches, capacity, step)
         return _most_likely(parts.head.module, parts.head.leaves, hidden)
 
     chosen = _most_likely(parts.head.module, parts.head.leaves, last[:, None])
     for count in range(max_tokens):
         more = count + 1 < max_tokens
-        following = follow(chosen, count) if more and not on_cpu() else None  # as in generate.py
+        following = follow(chosen) if more and not on_cpu() else None  # as in generate.py
         tokens = fetched(chosen)
         for row in tuple(running):
             new[row].append(int(tokens[row, 0]))
@@ -108,7 +109,7 @@ def _one_batch(
                 running.remove(row)
         if not running or not more:
             break
-        chosen = follow(chosen, count) if following is None else following
+        chosen = follow(chosen) if following is None else following
     return new
 
 
@@ -129,31 +130,30 @@ def _empty_caches(model: Decoder, rows: int, capacity: int) -> list[Cache]:
 def _advance(
     parts: Split,
     tokens: Array,
-    ends: Array | np.ndarray,
-    count: int,
+    before: Array,
     caches: list[Cache],
     capacity: int,
     step: AtPlace | None = None,
-) -> tuple[Array, list[Cache]]:
-    """States of `tokens`, row r's standing from ends[r] + count on, and the caches with them.
+) -> tuple[Array, list[Cache], Array]:
+    """States of `tokens`, row r's standing behind before[r]; the caches with them; and where each row's begin.
 
-    By `step`'s programs, of calls like this one.
+    By `step`'s programs, of calls like this one. `before` is donated.
     """
     step = shared(_step) if step is None else step
-    x, starts = _embed(parts.embed.module, parts.embed.leaves, tokens, ends, np.int32(count))
+    x, starts = _embed(parts.embed.module, parts.embed.leaves, tokens, before)
     windowed, updated = parts.config.is_windowed(), []
     for place, run in enumerate(parts.token_runs if tokens.shape[1] == 1 else parts.prompt_runs):
         here = slice(len(updated), len(updated) + len(run.leaves))
         static, kept = (run.module, parts.config, capacity, windowed[here]), tuple(caches[here])
         x, after = step(place, *static, run.leaves, x, starts, kept)
         updated += after
-    return x, updated
+    return x, updated, starts
 
 
-@partial(jax.jit, static_argnums=0)
-def _embed(embed: Structure, leaves: Leaves, tokens: Array, ends: Array, count: Array) -> tuple[Array, Array]:
-    """Embedded tokens, and where each row's stand: on the device, since recorded programs have it where it was."""
-    starts = ends + count
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _embed(embed: Structure, leaves: Leaves, tokens: Array, before: Array) -> tuple[Array, Array]:
+    """Embedded tokens, and where each row's begin, in the memory of `before`: recorded programs look for it there."""
+    starts = before + 1
     return jax.vmap(lambda row, start: embed.merge(leaves)(row, start))(tokens, starts), starts
 
 
