@@ -114,6 +114,7 @@ def quantize(
     zero_point: Array | None = None,
     importance: Float[Array, " in"] | None = None,
     groups: Integer[Array, "*batch in"] | None = None,
+    outer: Float[Array, "*batch 1 1"] | None = None,
 ) -> QTensor:
     """Nearest codes: clip(round(x / s) + z) for integers, the nearest level of x / s for the others.
 
@@ -126,6 +127,7 @@ def quantize(
         importance: weights ≥ 0 of the columns' squared errors, for those types of ggml that search their scales.
         groups: which group each input belongs to, where groups are not of neighbours: as many 0 as a group has columns,
             as many 1, …, the last perhaps fewer, in any order. Of other counts the result makes no sense.
+        outer: the second level of a nested scale, where x shares it with other matrices; by default that of x.
 
     Returns:
         The packed tensor; its `dtype` is x's.
@@ -148,7 +150,10 @@ def quantize(
     wide = x.astype(jnp.float32)
     order = None if groups is None else jnp.argsort(groups, axis=-1, stable=True)
     tiles = to_tiles(wide if order is None else _take_columns(wide, order), scheme)
-    parameters = choose_parameters(tiles, scheme) if scale is None else given_parameters(x, scheme, scale, zero_point)
+    if scale is None:
+        parameters = choose_parameters(tiles, scheme, outer=outer)
+    else:
+        parameters = given_parameters(x, scheme, scale, zero_point, outer=outer)
     return _encode(x, tiles, scheme, parameters, groups, order)
 
 

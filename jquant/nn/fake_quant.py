@@ -19,7 +19,7 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.core.learned_scale import fake_quantize_learned, largest_level, lsq_initial_scale
 from jquant.core.pact import pact, pact_parameters
-from jquant.core.qtensor import QTensor, choose_parameters, given_parameters, quantize, quantize_with
+from jquant.core.qtensor import QTensor, choose_parameters, quantize
 from jquant.core.range_search import search_parameters
 from jquant.core.scales import NestedScale
 from jquant.core.scheme import Scheme, Tensor
@@ -131,24 +131,8 @@ class WeightQuantizer(FakeQuantModule):
 
     def quantize(self, matrix: Float[Array, "*stack out in"]) -> QTensor:
         """The packed weight whose values are Ŵ, to nearest."""
-        if self.scheme.block is not None:
-            return quantize(matrix, self.scheme)
-        if self.log_scale is None:
-            tiles = to_tiles(matrix.astype(jnp.float32), self.scheme)
-            return quantize_with(matrix, self.scheme, choose_parameters(tiles, self.scheme, outer=self._outer()))
-        scale, zero = self.parameters()
-        known = given_parameters(matrix, self.scheme, scale, zero, outer=self._outer())
-        return quantize_with(matrix, self.scheme, known)
-
-    def outer_of(self, peak: Float32[Array, "*stack 1 1"]) -> Float32[Array, "*stack 1 1"]:
-        """g of weights whose `peak` is this."""
-        assert isinstance(self.scheme.scale, NestedScale)
-        return self.scheme.scale.outer(peak, 1.0 if self.log_scale is not None else _reach(self.scheme))
-
-    def peak(self, matrix: Float[Array, "*stack out in"]) -> Float32[Array, "*stack 1 1"]:
-        """What g follows: the largest magnitude, or where scales are trained the largest of them."""
-        values = jnp.abs(matrix.astype(jnp.float32)) if self.log_scale is None else self.parameters()[0]
-        return jax.lax.stop_gradient(jnp.max(values, axis=(-2, -1), keepdims=True))
+        scale, zero = (None, None) if self.log_scale is None else self.parameters()
+        return quantize(matrix, self.scheme, scale=scale, zero_point=zero, outer=self._outer())
 
     def _outer(self) -> Array | None:
         nested = isinstance(self.scheme.scale, NestedScale)

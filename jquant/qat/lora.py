@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jquant.core.errors import InputError
 from jquant.core.qtensor import QTensor, dequantize, quantize
+from jquant.core.scales import NestedScale
 from jquant.core.scheme import Scheme
 from jquant.nn.convolution import QuantizedConv
 from jquant.nn.linear import ExpertLinear, Linear, QuantizedExpertLinear, QuantizedLinear
 from jquant.nn.lora import LoRALinear, LoRAParam
 from jquant.nn.matrices import packed_layer, weight_matrix
+from jquant.nn.second_level import reading_together_in_model, shared_levels
 from jquant.nn.surgery import Path, named_modules, replace, select
 from jquant.nn.w8a8 import W8A8ExpertLinear, W8A8Linear
 from jquant.qat.loftq import Start, loftq
@@ -149,7 +151,7 @@ def add_adapters(
 
 def rounded(w: Float[Array, "out in"], scheme: Scheme, rank: int, key: PRNGKeyArray) -> Start:
     """The base by rounding to nearest; A normal with variance 1/in, B zero (LoRA, 4.1, leaves A's variance open)."""
-    return Start(_quantize(w, scheme), *zero_update(w.shape, rank, key))
+    return Start(_quantize(w, scheme, None), *zero_update(w.shape, rank, key))
 
 
 def loftq_start(*, steps: int = 5) -> Initializer:
@@ -198,12 +200,18 @@ def requantize(model: nnx.Module, scheme: Scheme | None = None) -> tuple[Requant
     """
     packed: dict[Path, nnx.Module] = {}
     reports = []
-    for path, layer in _adapted_layers(model).items():
-        merged = layer.merged()
+    layers = _adapted_layers(model)
+    whole = {path: layer.merged() for path, layer in layers.items()}
+    outer = _levels(model, layers, {path: layer.weight.get_value() for path, layer in whole.items()}, scheme)
+    for path, layer in layers.items():
+        merged = whole[path]
         weight = merged.weight.get_value()
-        base = layer.weight.get_value()
+        base, level = layer.weight.get_value(), outer.get(path)
         try:
-            q, kept = (_quantize(weight, scheme), False) if scheme is not None else _rounded_again(weight, base)
+            if scheme is not None:
+                q, kept = _quantize(weight, scheme, level), False
+            else:
+                q, kept = _rounded_again(weight, base, level)
         except InputError as error:
             raise InputError(f"layer {path}: {error}") from error
         reports.append(
@@ -220,19 +228,45 @@ def requantize(model: nnx.Module, scheme: Scheme | None = None) -> tuple[Requant
     return tuple(reports)
 
 
-def _rounded_again(weight: Array, base: QTensor) -> tuple[QTensor, bool]:
+def _levels(
+    model: nnx.Module, layers: Mapping[Path, LoRALinear], weights: Mapping[Path, Array], scheme: Scheme | None
+) -> dict[Path, Array]:
+    """The second level of weights that share it (nn/second_level.py).
+
+    Where some of those that shared it have no adapter they stay packed, with the g of the base, and so it is for all.
+    """
+    bases: dict[Path, QTensor] = {path: layer.weight.get_value() for path, layer in layers.items()}
+    untouched = {path: layer for path, layer in named_modules(model, QuantizedLinear) if path not in bases}
+    schemes = {path: base.scheme if scheme is None else scheme for path, base in bases.items()}
+    others: dict[Path, Scheme] = {path: cast(Any, layer).weight.get_value().scheme for path, layer in untouched.items()}
+    found: dict[Path, Array] = {}
+    for paths in reading_together_in_model(model, [*bases, *others]):
+        found |= shared_levels({path: weights[path] for path in paths if path in weights}, schemes)
+        for path in paths:
+            beside = [each for each in paths if each in others and _parent(each) == _parent(path)]
+            if path in bases and any(others[each] == schemes[path] == bases[path].scheme for each in beside):
+                level = bases[path].stored.scale2 if isinstance(schemes[path].scale, NestedScale) else None
+                found |= {} if level is None else {path: level}
+    return found
+
+
+def _parent(path: Path) -> Path:
+    return path.rpartition(".")[0]
+
+
+def _rounded_again(weight: Array, base: QTensor, outer: Array | None) -> tuple[QTensor, bool]:
     """The weight in the scheme of `base`; and whether it took the base's scales."""
     if base.scheme.block is not None:
-        return _quantize(weight, base.scheme), False
-    fresh, kept = _on_both_grids(weight, base)
+        return _quantize(weight, base.scheme, None), False
+    fresh, kept = _on_both_grids(weight, base, outer)
     return (kept, True) if _lost(weight, kept) < _lost(weight, fresh) else (fresh, False)
 
 
 @jax.jit
-def _on_both_grids(weight: Array, base: QTensor) -> tuple[QTensor, QTensor]:
+def _on_both_grids(weight: Array, base: QTensor, outer: Array | None) -> tuple[QTensor, QTensor]:
     scales, zero = base.scales(), base.zero_points()
-    fresh = quantize(weight, base.scheme, groups=base.groups)
-    return fresh, quantize(weight, base.scheme, scale=scales, zero_point=zero, groups=base.groups)
+    fresh = quantize(weight, base.scheme, groups=base.groups, outer=outer)
+    return fresh, quantize(weight, base.scheme, scale=scales, zero_point=zero, groups=base.groups, outer=outer)
 
 
 def _adapted(
@@ -326,5 +360,5 @@ def _ratio(part: Array, whole: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="scheme")
-def _quantize(w: Array, scheme: Scheme) -> QTensor:
-    return quantize(w, scheme)
+def _quantize(w: Array, scheme: Scheme, outer: Array | None) -> QTensor:
+    return quantize(w, scheme, outer=outer)

@@ -16,6 +16,7 @@ from jquant.core.errors import InputError
 from jquant.core.formats import Int
 from jquant.nn.fake_quant import InputQuantizer, WeightQuantizer
 from jquant.nn.surgery import Path
+from jquant.qat.second_level import share_levels
 
 
 def set_enabled(model: nnx.Module, enabled: bool) -> None:
@@ -48,6 +49,7 @@ def set_bits(model: nnx.Module, bits: int | None) -> None:
             wider = dataclasses.replace(quantizer.final_scheme, element=Int(width, element.convention))
             if wider != quantizer.scheme:
                 quantizer.set_scheme(wider)
+    share_levels(model)
     if not found:
         raise InputError(f"gradual bits ({bits}): no weight of the model is an integer; leave the schedule out")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,3 +110,58 @@ def test_other_schemes_and_modules_have_none() -> None:
     net: Any = Net()
     qat.prepare(net, qat.one_rule("nvfp4", layers=("first", "second")), announce=lambda _: None)
     assert net.first.weight_quantizer.level is None
+
+
+def test_gradual_bits_share_as_they_end() -> None:
+    """Layers that end with other bits have a g of their own meanwhile too; bits that come back bring g back."""
+    model = tiny_model(layers=1)
+    rules = (
+        qat.Rule(layers=("q_proj", "gate_proj"), scheme="int4:g16:nested", gradient="lsq", start="range"),
+        qat.Rule(layers=("k_proj", "v_proj", "up_proj"), scheme="int8:g16:nested"),
+    )
+    qat.prepare(model, qat.Recipe(rules=rules), announce=lambda _: None)
+    before = _logits(model)
+    assert _layer(model, "attn.q_proj").weight_quantizer.level is None
+    qat.set_bits(model, 8)
+    assert not np.array_equal(_logits(model), before)
+    qat.set_bits(model, None)
+    np.testing.assert_allclose(_logits(model), before, atol=1e-5 * np.abs(before).max())
+    rows = qat.RowBatches(TOKENS, batch=4, seed=0)
+    qat.train(model, next_token_loss(), rows, QATConfig(steps=3, batch=4, learning_rate=1e-3, gradual_bits=((2, 8),)))
+    trained = _logits(model)
+    qat.convert(model)
+    assert np.array_equal(_logits(model), trained)
+
+
+def test_trained_scales_beside_others_share_too() -> None:
+    model = tiny_model(layers=1)
+    rules = (
+        qat.Rule(layers=("q_proj",), scheme="nvfp4", gradient="lsq", start="range"),
+        qat.Rule(layers=("k_proj", "v_proj"), scheme="nvfp4"),
+    )
+    qat.prepare(model, qat.Recipe(rules=rules), announce=lambda _: None)
+    trained = _logits(model)
+    qat.convert(model)
+    assert np.array_equal(_logits(model), trained)
+    assert len({_of_packed(model, path) for path in SHARING[0]}) == 1
+
+
+@pytest.mark.parametrize("adapted", [SHARING[0], SHARING[0][:2]])
+@pytest.mark.parametrize("spec", [None, "nvfp4"])
+def test_adapters_that_are_requantized_keep_one(adapted: tuple[str, ...], spec: str | None) -> None:
+    """Where k or v has no adapter it stays packed, and so does the g of all three."""
+    model = tiny_model(layers=1)
+    jquant.quantize_layers(model, NVFP4, layers=(r"^blocks\.",))
+    before = _of_packed(model, SHARING[0][2])
+    qat.add_adapters(model, [path.replace(".", r"\.") for path in adapted], None, rank=4, key=jax.random.key(0))
+    for path in adapted:
+        layer = _layer(model, path)
+        layer.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(1), layer.lora_b.get_value().shape))
+    merged = {path: _layer(model, path).merged().weight.get_value() for path in adapted}
+    qat.requantize(model, None if spec is None else scheme(spec))
+    (level,) = {_of_packed(model, path) for path in SHARING[0]}
+    whole = len(adapted) == 3
+    assert level == (_of(quantize(jnp.concatenate(list(merged.values())), NVFP4)) if whole else before)
+    for path, weight in merged.items():
+        values = np.asarray(jquant.dequantize(_layer(model, path).weight.get_value()))
+        assert np.linalg.norm(values - np.asarray(weight)) < 0.15 * np.linalg.norm(np.asarray(weight))
