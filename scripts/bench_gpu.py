@@ -49,7 +49,7 @@ on the same machine, as the first one was at its limit of 576 s:
 Rows of x at which int4's product is as fast as bf16's: as dispatched 2.70 2.97 2.59 2.38 2.26 1.61 1.10 .84 .91 .94
 .89 .95 × of its speed at 1 4 16 32 64 128 256 512 1024 2048 4096 8192 rows; the weight decoded first 1.28 .76 .77 .31
 .32 .32 .34 .46 .62 .82 .90 .95 × (experiments/packed_crossover.png). What limits GPTQ is of profiles of earlier runs;
-tokens and the six schemes are of later ones.
+tokens and the six schemes are of later ones, tokens of a state in which rows' places still moved in memory.
 
 A token of 8 blocks of that shape in int4, by how blocks were put into programs: two runs that share a program 1.9 to
 2.3 ms, as the program's CUDA graph is recorded anew for the operands of each (0.5 ms) and sent to the GPU again; each

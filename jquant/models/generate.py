@@ -179,7 +179,7 @@ def _advance(
     embed = parts.embed
     x, contexts = _embed(embed.module, parts.config, capacity, embed.leaves, tokens, np.int32(start))
     windowed, updated = parts.config.is_windowed(), []
-    for place, run in enumerate(parts.token_runs if tokens.shape[1] == 1 else parts.prompt_runs):
+    for place, run in enumerate(parts.runs(tokens.shape[1])):
         here = slice(len(updated), len(updated) + len(run.leaves))
         static, kept = (run.module, windowed[here]), tuple(caches[here])
         x, after = step(place, *static, run.leaves, x, contexts, kept, parts.cache_place)

@@ -142,7 +142,7 @@ def _advance(
     step = shared(_step) if step is None else step
     x, starts = _embed(parts.embed.module, parts.embed.leaves, tokens, before)
     windowed, updated = parts.config.is_windowed(), []
-    for place, run in enumerate(parts.token_runs if tokens.shape[1] == 1 else parts.prompt_runs):
+    for place, run in enumerate(parts.runs(tokens.shape[1])):
         here = slice(len(updated), len(updated) + len(run.leaves))
         static, kept = (run.module, parts.config, capacity, windowed[here]), tuple(caches[here])
         x, after = step(place, *static, run.leaves, x, starts, kept)

@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ def own_programs(function: Any, *, static: tuple[int, ...]) -> AtPlace:
 
     Returns:
         A function of a place and of what `function` takes. At every call of a place operands must have the same shapes,
-        dtypes, and static values. Where XLA does not write a program out, places share it.
+        dtypes, and static values. A program that cannot be written out is shared, and a warning says so.
     """
     if not are_recorded():
         return shared(function)
@@ -68,7 +69,10 @@ def are_recorded() -> bool:
 
 
 def _copy(program: jax.stages.Compiled, index: int) -> jax.stages.Compiled | None:
-    """One that is loaded of it, as copies outlive the generation that asked for them; None where XLA can load none."""
+    """One that is loaded of it, as copies outlive the generation that asked for them.
+
+    None, with a warning, where it cannot be written out.
+    """
     executable = program.runtime_executable()
     with _lock:
         copies = _loaded.setdefault(executable, [])
@@ -78,8 +82,8 @@ def _copy(program: jax.stages.Compiled, index: int) -> jax.stages.Compiled | Non
         while len(copies) <= index:
             try:
                 parts = serialize_executable.serialize(program)
-                copy = serialize_executable.deserialize_and_load(*parts, execution_devices=jax.devices()[:1])
-            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:  # as XLA and jax say so
+                warnings.warn(f"runs of blocks share a program, which is slower: {error}", stacklevel=2)
                 return None
-            copies.append(copy)
+            copies.append(serialize_executable.deserialize_and_load(*parts, execution_devices=jax.devices()[:1]))
         return copies[index]

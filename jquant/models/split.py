@@ -43,6 +43,10 @@ class Split:
     head: Part
     cache_place: NamedSharding | None  # of keys and values, on a mesh
 
+    def runs(self, tokens: int) -> tuple[Part, ...]:
+        """Those that so many tokens at once go through."""
+        return self.token_runs if tokens == 1 else self.prompt_runs
+
 
 def split(model: Decoder) -> Split:
     """Embedding, runs of blocks, and head."""
