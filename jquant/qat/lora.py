@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,10 +201,9 @@ def requantize(model: nnx.Module, scheme: Scheme | None = None) -> tuple[Requant
     packed: dict[Path, nnx.Module] = {}
     reports = []
     layers = _adapted_layers(model)
-    whole = {path: layer.merged() for path, layer in layers.items()}
-    outer = _levels(model, layers, {path: layer.weight.get_value() for path, layer in whole.items()}, scheme)
+    outer = _levels(model, layers, scheme)
     for path, layer in layers.items():
-        merged = whole[path]
+        merged = layer.merged()
         weight = merged.weight.get_value()
         base, level = layer.weight.get_value(), outer.get(path)
         try:
@@ -228,25 +227,25 @@ def requantize(model: nnx.Module, scheme: Scheme | None = None) -> tuple[Requant
     return tuple(reports)
 
 
-def _levels(
-    model: nnx.Module, layers: Mapping[Path, LoRALinear], weights: Mapping[Path, Array], scheme: Scheme | None
-) -> dict[Path, Array]:
-    """The second level of weights that share it (nn/second_level.py).
+def _levels(model: nnx.Module, layers: Mapping[Path, LoRALinear], scheme: Scheme | None) -> dict[Path, Array]:
+    """The second level of merged weights that share it (nn/second_level.py); floats of a few layers at a time.
 
     Where some of those that shared it have no adapter they stay packed, with the g of the base, and so it is for all.
     """
     bases: dict[Path, QTensor] = {path: layer.weight.get_value() for path, layer in layers.items()}
-    untouched = {path: layer for path, layer in named_modules(model, QuantizedLinear) if path not in bases}
     schemes = {path: base.scheme if scheme is None else scheme for path, base in bases.items()}
-    others: dict[Path, Scheme] = {path: cast(Any, layer).weight.get_value().scheme for path, layer in untouched.items()}
+    schemes = {path: each for path, each in schemes.items() if isinstance(each.scale, NestedScale)}
+    packed: dict[Path, Any] = {path: layer for path, layer in named_modules(model, QuantizedLinear) if schemes}
+    others: dict[Path, Scheme] = {path: layer.weight.get_value().scheme for path, layer in packed.items()}
     found: dict[Path, Array] = {}
-    for paths in reading_together_in_model(model, [*bases, *others]):
-        found |= shared_levels({path: weights[path] for path in paths if path in weights}, schemes)
-        for path in paths:
-            beside = [each for each in paths if each in others and _parent(each) == _parent(path)]
-            if path in bases and any(others[each] == schemes[path] == bases[path].scheme for each in beside):
-                level = bases[path].stored.scale2 if isinstance(schemes[path].scale, NestedScale) else None
-                found |= {} if level is None else {path: level}
+    for paths in reading_together_in_model(model, [*schemes, *others]):
+        merged = {path: layers[path].merged().weight.get_value() for path in paths if path in schemes}
+        found |= shared_levels(merged, schemes)
+        for path in merged:
+            beside = [others[each] for each in paths if each in others and _parent(each) == _parent(path)]
+            level = bases[path].stored.scale2
+            if level is not None and schemes[path] == bases[path].scheme and schemes[path] in beside:
+                found[path] = level
     return found
 
 
